@@ -1,0 +1,705 @@
+"""What every run needs: command line, run folder, checkpoints, several processes, and the frozen backbones.
+
+Read `Run.steps` first: it is the loop under every training loop. Nothing of a method hides here.
+Letters: B batch, H W pixels, p patch, h w patches (h = H / p), N = h * w, D backbone width, K code width, C classes.
+"""
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# ---------------------------------------------------------------- command line (before torch: --help answers at once)
+
+METHODS = ("stego", "hp", "cause", "vice", "san")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                     # one line instead of the whole usage
+        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        near = [n for u in unknown for n in difflib.get_close_matches(u, self._option_string_actions, 1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else f"; python {self.prog} --help lists the options"
+        self.exit(2, f"error: {message}{hint}\n")
+
+
+def whole(low):
+    """An argparse type: a whole number of at least `low`."""
+    def convert(text):
+        if not re.fullmatch(r"-?\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least {low}")
+        return int(text)
+    return convert
+
+
+def parser(doc):
+    """The options that all five methods share. A default of None means: see PRESETS at the end of the file."""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    g = p.add_argument_group("data and backbone")
+    g.add_argument("--data", default="scenes", metavar="NAME|DIR",
+                   help="data set (python data.py lists them) or a folder of your own images; scenes needs no file")
+    g.add_argument("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR checks it")
+    g.add_argument("--protocol", help="how images are resized and cropped; the default is the published one")
+    g.add_argument("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of the patch")
+    g.add_argument("--arch", default="dct8", help="frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
+    g.add_argument("--weights", metavar="FILE|none", help="weights from a file instead of the download; none = untrained")
+    g.add_argument("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its final norm; "
+                   "try it where the last block was fine-tuned for something else")
+    g.add_argument("--clusters", type=whole(2), help="number of clusters; default: number of classes, 27 without labels")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=whole(1), help="optimiser steps of the main phase")
+    g.add_argument("--batch-size", type=whole(1), help="images per step over all processes together")
+    g.add_argument("--lr", type=float, help="learning rate of the head")
+    g.add_argument("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
+    g.add_argument("--skip-bad-steps", type=whole(0), default=0, metavar="N",
+                   help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
+    g.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own options")
+    g.add_argument("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
+    g.add_argument("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
+    g.add_argument("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
+    g.add_argument("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and keep them as "
+                   "fp16, so that later epochs cost only the head; needs bytes = images x D x N x 2")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs of minutes")
+    g.add_argument("--smoke", action="store_true", help="ten steps that touch everything, to see that it runs")
+    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then stop")
+    g.add_argument("--json", metavar="FILE", help="where --bench writes its figures")
+    return p
+
+
+def parse(arguments, presets, argv=None):
+    """Options from the command line, else from the presets "smoke", "DATA/ARCH", "DATA", "default", else the defaults.
+
+    With --resume the options of that run; only those that do not change the result may be given anew.
+    """
+    p = arguments()
+    defaults = vars(p.parse_args([]))
+    p.set_defaults(**dict.fromkeys(defaults, argparse.SUPPRESS))
+    given = vars(p.parse_args(argv))
+    if "resume" in given:
+        folder = Path(given["resume"])
+        saved = read_args(folder)
+        free = {"resume", "root", "weights", "device", "workers", "save_every", "cache_features", "compile"}
+        if set(given) - free:
+            names = ", ".join("--" + n.replace("_", "-") for n in sorted(set(given) - free))
+            raise ValueError(f"--resume continues {folder} with the options it was started with; drop {names}")
+        return argparse.Namespace(**{**defaults, **saved, **given, "out": str(folder)})
+    data, arch = given.get("data", defaults["data"]), given.get("arch", defaults["arch"])
+    chosen = [presets.get(key, {}) for key in ("default", "folder" if os.path.isdir(data) else data)]
+    chosen += [preset for key, preset in presets.items() if "/" in key and f"{data}/{arch}".startswith(key)]
+    chosen += [presets["smoke"]] if given.get("smoke") else []
+    merged = dict(defaults)
+    for preset in chosen:
+        merged.update(preset)
+    return argparse.Namespace(**{**merged, **given})
+
+
+def read_args(folder):
+    """The options a run was started with: RUN/args.json."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run folder {folder}")
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds no args.json, so it is no run folder") from None
+    except ValueError:
+        raise ValueError(f"{folder / 'args.json'} is damaged; start the run again") from None
+
+
+def nearest(name, names):
+    """A hint for an error message: `; did you mean 'vits8'?`, or the list of names."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
+def quick_help(script):
+    """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is executed."""
+    tree = ast.parse(Path(script).read_text())
+    scope = {"common": sys.modules[__name__], "__doc__": ast.get_docstring(tree)}
+    keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
+            or isinstance(n, ast.Assign) and n.targets[0].id.isupper()]
+    exec(compile(ast.Module(keep, []), script, "exec"), scope)
+    scope["arguments"]().print_help()
+    sys.exit(0)
+
+
+if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).stem in METHODS and Path(sys.argv[0]).is_file():
+    quick_help(sys.argv[0])
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+def main(arguments, presets, train):
+    """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit code."""
+    try:
+        sys.exit(train(parse(arguments, presets)))
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(report(error))
+
+
+def report(error):
+    """One line for an error, and its exit code: 2 bad input, 1 the run went wrong, 130 Ctrl-C."""
+    if os.environ.get("TRACEBACK"):                               # for developers: TRACEBACK=1 python cause.py
+        raise error
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    text = re.sub(r"^\w+(Error|Exception): ", "", text)           # a loader worker's error carries its traceback
+    if isinstance(error, torch.OutOfMemoryError):
+        text = "the GPU's memory is full; take a smaller --batch-size or --size"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return 1 if isinstance(error, ArithmeticError) else 2
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+# Every process holds the same weights and the same random state, and takes a contiguous share of the global batch.
+# Random numbers are drawn for the global batch, keys and negatives are gathered, gradients are averaged: N processes
+# compute what one process computes with the same global batch.
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start_processes(device=None):
+    """Join the other processes of `torchrun`, if any, and choose this process's device."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = torch.device(device or accelerator or "cpu")
+    except RuntimeError:
+        raise ValueError(f"--device {device} is no device; cpu, cuda, cuda:1 are") from None
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise ValueError(f"--device {device}: this machine has no such device; --device cpu always works")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.rows = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)                                 # every process may have used our rows
+        return gradient[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward                                            # every process's loss depends on the sum
+
+
+def gather(x):
+    """Rows of all processes in rank order, with gradient: (b, ...) -> (world * b, ...)."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+def reduce_sum(x):
+    """Sum over all processes, with gradient."""
+    return _Sum.apply(x) if world() > 1 else x
+
+
+def rand_rows(rows, *shape, device=None):
+    """Uniform numbers (rows, *shape) for this process's images: its share of one draw for the global batch."""
+    return torch.rand(world() * rows, *shape, device=device)[rank() * rows:(rank() + 1) * rows]
+
+
+def dropout(x, p, training, channels=False):
+    """Dropout on x (B, ...) by `rand_rows`; with `channels`, whole channels of (B, C, ...) as nn.Dropout2d does."""
+    if not training or p == 0:
+        return x
+    shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
+    return x * (rand_rows(len(x), *shape, device=x.device) >= p).to(x.dtype) / (1 - p)
+
+
+def average_gradients(*modules):
+    """Mean of the gradients over all processes, in one message. Call it between backward() and step()."""
+    if world() == 1:
+        return
+    gradients = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, part in zip(gradients, flat.div_(world()).split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+
+# ---------------------------------------------------------------- a run
+
+class Drawn(torch.utils.data.Dataset):
+    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker that makes them."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            item = self.dataset[index]
+            error, step = item["error"], 1
+            while item["error"]:                                  # unreadable: the next image takes its place
+                if step == len(self.dataset):
+                    raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
+                item, step = self.dataset[(index + step) % len(self.dataset)], step + 1
+        return {**item, "error": error}
+
+
+def order(n, batch, start, steps, seed):
+    """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is full."""
+    share, epoch, permutation = batch // world(), -1, None
+    for step in range(start, steps):
+        keys = []
+        for place in range(step * batch + rank() * share, step * batch + (rank() + 1) * share):
+            if place // n != epoch:
+                epoch = place // n
+                generator = torch.Generator().manual_seed(seed + epoch)
+                permutation = torch.randperm(n, generator=generator).tolist()
+            keys.append((permutation[place % n], (seed * 1_000_003 + place) % 2 ** 63))
+        yield keys
+
+
+def quiet_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Run:
+    """One training run: its device, processes, random state, folder, log, checkpoints and progress bar.
+
+    The folder is made when the first step begins, so that bad input leaves nothing behind. It holds args.json, log.jsonl
+    and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step", "state" (what resuming needs), "rng"}.
+    Raises ValueError where the folder already holds a run, or another process writes there.
+    """
+
+    def __init__(self, method, args):
+        self.method, self.args, self.device = method, args, start_processes(args.device)
+        self.rank, self.world = rank(), world()
+        if args.batch_size % self.world:
+            raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {self.world} processes")
+        if args.workers is None:
+            args.workers = 0 if args.data == "scenes" else 2
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True
+        self.state, self.phase, self.step, self.loaded, self.terms = {}, -1, 0, None, {}
+        self.bad, self.stop, self.stepping, self.reported, self.timer = 0, 0, False, set(), None
+        self.lock = self.log = None
+        self.folder = self._choose_folder()
+        if args.resume:
+            self.loaded = load_checkpoint(self.folder, method)
+        signal.signal(signal.SIGINT, self._signal)
+        signal.signal(signal.SIGTERM, self._signal)
+        self.say(f"{method} on {args.data} with {args.arch}, seed {args.seed}, {self.device}, "
+                 f"{self.world} process{'es' * (self.world > 1)}, torch {torch.__version__}"
+                 + ("" if args.bench else f", folder {self.folder}"))
+
+    def _choose_folder(self):
+        args = self.args
+        name = f"runs/{self.method}-{Path(args.data).resolve().name if os.path.isdir(args.data) else args.data}"
+        folder = Path(args.out or f"{name}-{args.arch}-{args.seed}")
+        if args.out and not args.resume and (folder / "last.pt").exists():
+            raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose another --out")
+        number, base = 2, folder
+        while not args.out and folder.exists():                   # nothing is written over: a second run gets a number
+            folder, number = Path(f"{base}-{number}"), number + 1
+        if self.world > 1:
+            box = [str(folder)]
+            dist.broadcast_object_list(box)
+            folder = Path(box[0])
+        return folder
+
+    def _open_folder(self):
+        if self.lock or self.rank or self.args.bench:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
+        write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
+        lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
+        if self.loaded:                                           # steps after the checkpoint will be done again
+            done = (self.loaded["phase"], self.loaded["step"])
+            lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
+        write(self.folder / "log.jsonl", "".join(x + "\n" for x in lines if self.loaded).encode())
+        self.log = open(self.folder / "log.jsonl", "a", buffering=1)
+
+    def _signal(self, number, frame):
+        if self.stop or not self.stepping:                        # second Ctrl-C, or no step is under way
+            self.say(f"stopped{self._how_to_resume()}")
+            os._exit(128 + number)
+        self.stop = number
+        self.say("stopping after this step; press Ctrl-C again to stop at once")
+
+    def _how_to_resume(self):
+        if not (self.folder / "last.pt").exists() or self.args.bench:
+            return "; there is no checkpoint yet"
+        return f"; continue with: python {self.method}.py --resume {self.folder}"
+
+    def say(self, text):
+        """One line above the progress bar, from the first process only."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def autocast(self):
+        """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def steps(self, phase, total, dataset, **state):
+        """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
+
+        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them.
+        state: modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had finished
+        restores its state and yields nothing. With --bench, a few batches are held in memory and timed.
+        """
+        self.state.update(state)
+        self.phase, self.step, self.total, self.name = self.phase + 1, 0, total, phase
+        self._open_folder()
+        if self.loaded:
+            self._restore(state)
+            if self.loaded["phase"] > self.phase:
+                return
+            self.step = self.loaded["step"]
+            set_rng(self.loaded["rng"])
+            self.loaded = None
+        elif not self.args.bench:
+            self.save()                                           # so that a run can be resumed from its first step on
+        keys = list(order(len(dataset), self.args.batch_size, self.step, self.step + 3, self.args.seed)) \
+            if self.args.bench else order(len(dataset), self.args.batch_size, self.step, total,
+                                          self.args.seed * 10_000_019 + self.phase * 1_000_003)
+        loader = torch.utils.data.DataLoader(
+            Drawn(dataset), batch_sampler=keys if self.args.bench else list_once(keys, total - self.step),
+            num_workers=0 if self.args.bench else self.args.workers, pin_memory=self.device.type == "cuda",
+            worker_init_fn=quiet_worker, generator=torch.Generator())   # its own generator: ours stays untouched
+        if self.args.bench:
+            yield from self._bench(phase, [self._move(batch) for batch in loader])
+            return
+        bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", disable=self.rank > 0, dynamic_ncols=True)
+        last, last_step = time.perf_counter(), self.step
+        self.stepping = True
+        try:
+            for batch in loader:
+                yield self.step, self._move(batch)
+                self.step += 1
+                bar.update()
+                if self.step % 10 == 0 or self.step == total:
+                    now = time.perf_counter()
+                    rate = (self.step - last_step) * self.args.batch_size / (now - last)
+                    last, last_step = now, self.step
+                    self._log(images_per_second=round(rate, 1), memory_gb=round(peak_memory(self.device), 3))
+                    bar.set_postfix_str(f"loss {self.terms.get('loss', math.nan):.3f}, {rate:.0f} images/s")
+                if self.stop or self.step % self.args.save_every == 0 or self.step == total:
+                    self.save()
+                if self.stop:
+                    bar.close()
+                    self.say(f"stopped at step {self.step} of {total} ({phase}){self._how_to_resume()}")
+                    sys.exit(128 + self.stop)
+        finally:
+            self.stepping = False
+            bar.close()
+
+    def _move(self, batch):
+        for text in set(batch.get("error", ())) - {""} - self.reported:
+            self.reported.add(text)
+            self.say(f"skipped an unreadable image: {text}")
+        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def finite(self, batch, **terms):
+        """Note the terms of the loss for the log. False: one is not finite, so the step must not be taken.
+
+        Raises FloatingPointError with the step, the term and the files once more than --skip-bad-steps were bad. Reading
+        the terms is the one synchronisation of a step; the next batch is being loaded meanwhile.
+        """
+        values = torch.stack([torch.as_tensor(t, device=self.device).detach().float() for t in terms.values()]).tolist()
+        bad = [name for name, value in zip(terms, values) if not math.isfinite(value)]
+        if self.world > 1:                                        # all processes skip, and stop, at the same step
+            flags = torch.tensor([len(bad), self.stop], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            bad, self.stop = bad or ["another process's loss"] * int(flags[0] > 0), int(flags[1])
+        if not bad:
+            self.terms = dict(zip(terms, values))
+            return True
+        self.bad += 1
+        text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: {', '.join(batch['path'])}"
+        if self.bad > self.args.skip_bad_steps:
+            self.save()                                           # the weights are those of the last good step
+            raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower --lr, "
+                                     f"or leave such steps out with --skip-bad-steps")
+        self.say(f"left out {text}")
+        return False
+
+    def _log(self, **more):
+        if self.log:
+            self.log.write(json.dumps({"phase": self.name, "number": self.phase, "step": self.step, **self.terms, **more})
+                           + "\n")
+
+    def save(self):
+        """Write RUN/last.pt: to a temporary file, then renamed, so that a whole checkpoint always exists."""
+        if self.rank or self.args.bench:
+            return
+        saved = {name: trained(x) if hasattr(x, "state_dict") else x for name, x in self.state.items()}
+        save({"method": self.method, "args": vars(self.args), "model": saved.get("model"), "phase": self.phase,
+              "step": self.step, "state": saved, "rng": get_rng()}, self.folder / "last.pt")
+
+    def _restore(self, state):
+        for name, x in state.items():
+            if name not in self.loaded["state"]:
+                continue
+            saved = self.loaded["state"][name]
+            if isinstance(x, nn.Module):
+                load_trained(x, saved, self.folder / "last.pt")
+            elif hasattr(x, "load_state_dict"):
+                x.load_state_dict(saved)
+            else:
+                x.data.copy_(saved)
+
+    # -------------------------------- frozen features
+    def features(self, backbone, dataset):
+        """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with --cache-features."""
+        if self.args.compile:
+            backbone = torch.compile(backbone)
+        if self.args.cache_features and not self.args.bench:
+            return FeatureCache(self, backbone, dataset)
+
+        def compute(images, index=None):
+            with torch.no_grad(), self.autocast():
+                return backbone(images).float()
+        return compute
+
+    # -------------------------------- --bench
+    def mark(self, part):
+        """The time since the last mark was spent on `part`. Costs nothing without --bench."""
+        if self.timer is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.timer[part] = self.timer.get(part, 0) + now - self.since
+            self.since = now
+
+    def _bench(self, phase, batches, warm_up=2):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.timer, self.since = {}, time.perf_counter()
+        for step in range(self.args.bench + warm_up):
+            if step == warm_up:
+                self.timer, self.since = {}, time.perf_counter()
+            yield step, batches[step % len(batches)]
+            self.mark("rest")
+        ms = {part: 1000 * seconds / self.args.bench for part, seconds in self.timer.items()}
+        self.timer, total = None, sum(ms.values())
+        figures = {"phase": phase, "method": self.method, "arch": self.args.arch, "size": self.args.size,
+                   "batch_size": self.args.batch_size, "device": str(self.device), "threads": torch.get_num_threads(),
+                   "ms": {**ms, "step": total}, "images_per_second": 1000 * self.args.batch_size / total,
+                   "step_over_backbone": total / ms["backbone"] if ms.get("backbone") else None,
+                   "peak_gb": peak_memory(self.device)}
+        self.benched = {**getattr(self, "benched", {}), phase: figures}
+        self.say(f"{phase}: {total:.1f} ms a step, {figures['images_per_second']:.1f} images/s, peak "
+                 f"{figures['peak_gb']:.2f} GB; " + ", ".join(f"{k} {v:.1f} ms ({v / total:.0%})" for k, v in ms.items())
+                 + (f"; step / backbone {figures['step_over_backbone']:.2f}" if figures["step_over_backbone"] else ""))
+        if self.args.json and self.rank == 0:                     # the figures of the phase "head", where there is one
+            main_phase = self.benched.get("head", figures)
+            write(Path(self.args.json), json.dumps({**main_phase, "phases": self.benched}, indent=1).encode())
+
+
+class list_once:
+    """A batch sampler with a length, so that loaders know it, around a generator that is read once."""
+
+    def __init__(self, keys, length):
+        self.keys, self.length = keys, length
+
+    def __iter__(self):
+        return self.keys
+
+    def __len__(self):
+        return self.length
+
+
+class FeatureCache:
+    """Frozen features of every image of a data set as fp16 (n,D,h,w), computed once, kept in memory, on the GPU or in DIR.
+
+    Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their sizes, so
+    that a stale file is never used. Raises ValueError where the features would not fit.
+    """
+
+    def __init__(self, run, backbone, dataset):
+        self.run, where = run, run.args.cache_features
+        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers, worker_init_fn=quiet_worker,
+                                             generator=torch.Generator())
+        shape = None
+        with torch.no_grad(), run.autocast():
+            shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])
+        size, room = 2 * math.prod(shape), self._room(where)
+        if size > 0.9 * room:
+            raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only {room / 1e9:.1f} GB are "
+                             f"free; take another place, or none")
+        file = None if where in ("ram", "gpu") else Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
+        if file and file.exists() and file.stat().st_size == size:
+            self.table = torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float16).view(shape)
+        elif file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}.part")
+            self.table = torch.from_file(str(part), shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
+            self._fill(backbone, loader)
+            os.replace(part, file)
+        else:
+            self.table = torch.empty(shape, dtype=torch.float16, device=run.device if where == "gpu" else "cpu")
+            self._fill(backbone, loader)
+        run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an image ({where})")
+        dataset.read_images = False
+
+    def _room(self, where):
+        if where == "gpu":
+            if self.run.device.type != "cuda":
+                raise ValueError("--cache-features gpu needs a GPU; on a CPU take ram or a folder")
+            return torch.cuda.mem_get_info(self.run.device)[0]
+        if where == "ram":
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return shutil.disk_usage(next(p for p in [Path(where), *Path(where).resolve().parents] if p.exists())).free
+
+    def _fill(self, backbone, loader):
+        for batch in tqdm(loader, desc="features", unit="batch", disable=self.run.rank > 0, dynamic_ncols=True):
+            with torch.no_grad(), self.run.autocast():
+                feats = backbone(batch["image"].to(self.run.device))
+            if not torch.isfinite(feats).all():
+                raise FloatingPointError(f"the backbone's features are not finite; images: {', '.join(batch['path'])}")
+            self.table[batch["index"].to(self.table.device)] = feats.half().to(self.table.device)
+
+    def __call__(self, images, index):
+        return self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
+
+
+# ---------------------------------------------------------------- files
+
+def fingerprint(backbone, dataset):
+    """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(repr((type(backbone).__name__, sorted((k, v) for k, v in vars(dataset).items()
+                        if isinstance(v, (str, int, float, tuple, type(None)))))).encode())
+    for path in getattr(dataset, "paths", ()):
+        stat = os.stat(path) if os.path.exists(path) else None
+        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def lock(folder):
+    """Hold RUN/.lock as long as this process lives; the system frees it however the process ends."""
+    handle = open(folder / ".lock", "w")
+    try:
+        import fcntl                                              # not on Windows, where two runs are not kept apart
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise ValueError(f"another run is writing to {folder}; wait for it or choose another --out") from None
+    return handle
+
+
+def write(path, data):
+    """Write bytes to a temporary file beside `path`, then rename: whoever reads `path` finds the old or the new whole."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error.strerror}); what it held before is intact") from None
+
+
+def save(content, path):
+    buffer = io.BytesIO()                                         # in memory first: torch.save may abort on a full disk
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load_checkpoint(folder, method=None):
+    """The dictionary in RUN/last.pt, tensors and plain values only. Raises ValueError for anything else."""
+    path = Path(folder) / "last.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} holds no trained run")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                    # truncated, a pickle with code, no checkpoint at all
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or not ours") \
+            from None
+    if not isinstance(content, dict) or not {"method", "args", "model", "phase", "step", "state", "rng"} <= set(content):
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if method and content["method"] != method:
+        raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
+    return content
+
+
+def trained(x):
+    """state_dict without the frozen backbone, which is loaded from its own file."""
+    return {k: v for k, v in x.state_dict().items() if not str(k).startswith("backbone.")}
+
+
+def load_trained(module, saved, path):
+    """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
+    own = trained(module)
+    for key in sorted(set(own) ^ set(saved)):
+        raise ValueError(f"{path} does not fit: {key} is {'missing' if key in own else 'unknown to this model'}")
+    for key in own:
+        if not torch.is_tensor(saved[key]) or own[key].shape != saved[key].shape or own[key].dtype != saved[key].dtype:
+            raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
+    module.load_state_dict(saved, strict=False)
+
+
+def get_rng():
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+
+def set_rng(states):
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[1])
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def versions(device):
+    """What a figure depends on: versions, hardware, commit."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": git.stdout.strip() or "unknown",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"}
+
+
