@@ -80,14 +80,14 @@ def parser(doc):
 
 
 def parse(arguments, presets, argv=None):
-    """Options from the command line, else from the presets "smoke", "DATA/ARCH", "DATA", "default", else the defaults.
+    """Options from the command line, else the presets "smoke", "DATA+CHOICE", "DATA/ARCH", "DATA", "default", else defaults.
 
     With --resume the options of that run; only those that do not change the result may be given anew.
     """
     p = arguments()
     defaults = vars(p.parse_args([]))
-    p.set_defaults(**dict.fromkeys(defaults, argparse.SUPPRESS))
-    given = vars(p.parse_args(argv))
+    untouched = argparse.Namespace(**dict.fromkeys(defaults, parse))          # any object that no option can give
+    given = {k: v for k, v in vars(p.parse_args(argv, untouched)).items() if v is not parse}
     if "resume" in given:
         folder = Path(given["resume"])
         saved = read_args(folder)
@@ -99,6 +99,8 @@ def parse(arguments, presets, argv=None):
     data, arch = given.get("data", defaults["data"]), given.get("arch", defaults["arch"])
     chosen = [presets.get(key, {}) for key in ("default", "folder" if os.path.isdir(data) else data)]
     chosen += [preset for key, preset in presets.items() if "/" in key and f"{data}/{arch}".startswith(key)]
+    chosen += [preset for key, preset in presets.items() if "+" in key and key.split("+")[0] == data
+               and key.split("+")[1] in given.values()]           # "coco27+tr": where --head tr is given
     chosen += [presets["smoke"]] if given.get("smoke") else []
     merged = dict(defaults)
     for preset in chosen:
@@ -604,7 +606,7 @@ def fingerprint(backbone, dataset):
     """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
     digest = hashlib.sha256()
     for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(repr((type(backbone).__name__, sorted((k, v) for k, v in vars(dataset).items()
                         if isinstance(v, (str, int, float, tuple, type(None)))))).encode())
     for path in getattr(dataset, "paths", ()):
