@@ -10,7 +10,9 @@ clusters left without a class count as errors. Letters: B batch, H W pixels, h w
 import common  # isort: skip  (first: it answers --help before torch is loaded)
 
 import argparse
+import collections
 import importlib
+import io
 import itertools
 import json
 import math
@@ -27,6 +29,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from tqdm import tqdm
+
+import data
 
 # ---------------------------------------------------------------- probes
 
@@ -176,10 +180,47 @@ def patch_of(model):
     return getattr(model, "patch", getattr(getattr(model, "backbone", None), "patch", 1))
 
 
-def encode(model, images, flip=False):
-    """images (B,3,H,W) -> code (B,K,h,w); with flip, the mean of the code and the mirrored code of the mirrored image."""
-    code = model(images)
-    return (code + model(images.flip(-1)).flip(-1)) / 2 if flip else code
+def encode(model, images, flip=False, tile=None):
+    """images (B,3,H,W), sides multiples of the patch -> code (B,K,h,w).
+
+    flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of that many
+    pixels, blended, for images whose attention would not fit into memory.
+    """
+    if flip:
+        return (encode(model, images, tile=tile) + encode(model, images.flip(-1), tile=tile).flip(-1)) / 2
+    height, width = images.shape[-2:]
+    if not tile or max(height, width) <= tile:
+        return model(images).float()
+    patch, total, weight = patch_of(model), None, None
+    (tops, rows), (lefts, columns) = (tile_positions(side, tile, patch) for side in (height, width))
+    for top, left in itertools.product(tops, lefts):
+        code = model(images[..., top:top + rows, left:left + columns]).float()
+        cell = rows // code.shape[-2]                                                # pixels per cell of the code
+        ramp = tile_ramp(top, rows, height, tile, cell)[:, None] * tile_ramp(left, columns, width, tile, cell)
+        if total is None:
+            total = code.new_zeros(*code.shape[:2], height // cell, width // cell)
+            weight = code.new_zeros(height // cell, width // cell)
+        place = (..., slice(top // cell, (top + rows) // cell), slice(left // cell, (left + columns) // cell))
+        total[place] += code * ramp.to(code)
+        weight[place] += ramp.to(code)
+    return total / weight
+
+
+def tile_positions(side, tile, patch):
+    """Starts and length of the tiles along one side: multiples of the patch, neighbours overlap by a quarter or more."""
+    length = min(side, max(tile // patch, 4) * patch)
+    last = side - length
+    count = -(-last // max(patch, length * 3 // 4)) + 1
+    return sorted({last * i // max(count - 1, 1) // patch * patch for i in range(count)} | {last}), length
+
+
+def tile_ramp(start, length, side, tile, cell):
+    """Weight of each cell of a tile along one side: 0 next to a cut, where context is missing, then a ramp, then 1."""
+    x = (torch.arange(length // cell) + 0.5) * cell
+    left = x if start else torch.full_like(x, math.inf)
+    right = length - x if start + length < side else torch.full_like(x, math.inf)
+    margin = min(tile, length) / 16
+    return ((torch.minimum(left, right) - margin) / (2 * margin)).clamp(1e-6, 1)
 
 
 def upsample(x, size, shape):
@@ -207,7 +248,7 @@ def arg_max(maps, size, shape):
 
 
 @torch.no_grad()
-def predict(model, images, size=None, flip=False, crf=False):
+def predict(model, images, size=None, flip=False, crf=False, tile=None):
     """Segment images (B,3,H,W), normalised, of any size -> {"cluster": (B,*size) int64, "linear": likewise or None}.
 
     The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the nearest centre by cosine,
@@ -218,18 +259,18 @@ def predict(model, images, size=None, flip=False, crf=False):
     size = tuple(size or images.shape[-2:])
     large = padded(images, patch_of(model))
     shape = images.shape[-2:], large.shape[-2:]
-    code = encode(model, large, flip)
-    return label_pixels(model, code.float(), images, size, shape, crf)
+    return label_pixels(model, encode(model, large, flip, tile), images, size, shape, crf)
 
 
-def label_pixels(model, code, images, size, shape, crf):
+def label_pixels(model, code, images, size, shape, crf=False):
+    """The second half of `predict`: the probes, on a code (B,K,h,w) that covers the padded image."""
     maps = {"cluster": torch.einsum("bkhw,ck->bchw", code, F.normalize(model.cluster.clusters, dim=1))}
     if model.linear is not None:
         maps["linear"] = model.linear(code)
     if not crf:
         return {"linear": None, **{head: arg_max(scores, size, shape) for head, scores in maps.items()}}
     from crf import dense_crf
-    rgb = (images * common.STD.to(images) + common.MEAN.to(images)).clamp(0, 1)
+    rgb = (images * data.STD.to(images) + data.MEAN.to(images)).clamp(0, 1)
     rgb = (F.interpolate(rgb, size, mode="bilinear") * 255).round().byte()
     result = {"linear": None}
     for head, low in maps.items():
@@ -299,10 +340,9 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
 
 class Clustered(nn.Module):
     """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with given cluster centres: what `evaluate` takes."""
-    linear, alpha = None, 2
-
     def __init__(self, encoder, patch, centres):
         super().__init__()
+        self.linear, self.alpha = None, 2
         self.encoder, self.patch, self.cluster = encoder, patch, ClusterProbe(*centres.T.shape)
         self.cluster.clusters.data = centres
 
@@ -311,27 +351,63 @@ class Clustered(nn.Module):
 
 
 @torch.no_grad()
-def sample_features(encoder, dataset, device, patch=1, vectors=20000, images=500, seed=0):
-    """About `vectors` features (n,D) at random places of at most `images` evenly spaced images."""
-    chosen = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
-    each, found = -(-vectors // len(chosen)), []
+def sample_points(encoder, dataset, device, patch=1, points=64, images=320, seed=0):
+    """Features at random pixels of at most `images` evenly spaced images, interpolated as `predict` interpolates.
+
+    -> features (n,points,D), their labels (n,points) with -1 = none, mean features of the images (n,D).
+    """
+    features, labels, means = [], [], []
     generator = torch.Generator().manual_seed(seed)
-    for index in tqdm(chosen, desc="features for k-means", leave=False, disable=common.rank() > 0, dynamic_ncols=True):
+    for index in tqdm(evenly(images, len(dataset)), "features", leave=False, disable=common.rank() > 0,
+                      dynamic_ncols=True):
         item = dataset[index]
-        if not item["error"]:
-            feats = encoder(padded(item["image"][None].to(device), patch)).flatten(2)[0].T.float()   # (h*w, D)
-            found.append(feats[torch.randperm(len(feats), generator=generator)[:each].to(device)])
-    if not found:
+        if item["error"]:
+            continue
+        image, label = padded(item["image"][None].to(device), patch), item["label"]
+        feats = encoder(image).float()                                               # (1, D, h, w)
+        pixel = torch.randint(label.numel(), (points,), generator=generator)
+        x, y = pixel % label.shape[1], pixel // label.shape[1]
+        at = torch.stack([(2 * x + 1) / image.shape[3] - 1, (2 * y + 1) / image.shape[2] - 1], -1)
+        at = F.grid_sample(feats, at.to(device)[None, None], padding_mode="border", align_corners=False)
+        features.append(at[0, :, 0].T)
+        labels.append(label.flatten()[pixel].to(device))
+        means.append(feats[0].mean((1, 2)))
+    if not features:
         raise OSError(f"no image of {dataset.name} could be read")
-    return torch.cat(found)
+    return torch.stack(features), torch.stack(labels), torch.stack(means)
 
 
 def fit_clusters(encoder, images, clusters, device, patch=1, seed=0):
     """An encoder with spherical K-means centres fitted on its features of (a part of) the data set `images`."""
-    centres = kmeans(sample_features(encoder, images, device, patch, seed=seed), clusters, seed=seed)
+    found = sample_points(encoder, images, device, patch, points=max(64, 20000 // len(images)), seed=seed)[0]
+    centres = kmeans(found.flatten(0, 1), clusters, seed=seed)
     if common.world() > 1:
         dist.broadcast(centres, 0)                                                   # the same to the last bit
     return Clustered(encoder, patch, centres)
+
+
+def fit_linear(features, labels, classes):
+    """Logistic regression on features (n,D), labels (n,), -1 = none -> LinearProbe: the best one for them, by L-BFGS."""
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
+    x = (features - mean) / deviation
+    probe = LinearProbe(x.shape[1], classes).to(x.device)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ probe.weight[:, :, 0, 0].T + probe.bias, labels) + 1e-4 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+    with torch.enable_grad():
+        optimizer.step(closure)
+    weight = probe.weight.data[:, :, 0, 0] / deviation                               # for features as they come
+    probe.bias.data -= weight @ mean
+    probe.weight.data = weight[:, :, None, None]
+    if common.world() > 1:
+        for tensor in probe.parameters():
+            dist.broadcast(tensor.data, 0)
+    return probe
 
 
 def baseline(run, encoder, images, val, clusters, patch=1):
@@ -450,7 +526,8 @@ def shorten(text, width, size):
     return text
 
 
-def confusion_picture(confusion, names, title):
+def confusion_picture(confusion, names, title,
+                      note="rows: true class and its share of the pixels; columns: prediction, % of the row"):
     """(classes[+1],classes) counts, predictions as rows -> a picture: labels as rows, each row normalised to 100 %."""
     classes = confusion.shape[1]
     columns = [*names, "no class"][:classes + int(len(confusion) > classes and confusion[classes:].sum() > 0)]
@@ -459,12 +536,11 @@ def confusion_picture(confusion, names, title):
     size, cell = (14, 42) if classes <= 12 else (13, 30)
     left = max(text_size(name, size)[0] for name in names) + text_size("100.0 %", size)[0] + 24
     top = max(text_size(name, size)[0] for name in columns) + 58
-    picture = Image.new("RGB", (max(left + cell * len(columns) + 12, text_size(title, 16)[0] + 20),
-                                top + cell * classes + 12), "white")
+    width = max(left + cell * len(columns) + 12, text_size(title, 16)[0] + 24, text_size(note, 12)[0] + 24)
+    picture = Image.new("RGB", (width, top + cell * classes + 12), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((10, 8), title, "black", font(16))
-    draw.text((10, 32), "rows: true class and its share of the pixels; columns: prediction, % of the row", "black",
-              font(12))
+    draw.text((10, 32), note, "black", font(12))
     for c, name in enumerate(columns):
         width, height = text_size(name, size)
         label = Image.new("RGB", (width + 2, height + 6), "white")
@@ -488,7 +564,7 @@ def confusion_picture(confusion, names, title):
 
 def photo_of(item):
     """uint8 (H,W,3) of a normalised item."""
-    rgb = (item["image"] * common.STD + common.MEAN).clamp(0, 1) * 255
+    rgb = (item["image"] * data.STD + data.MEAN).clamp(0, 1) * 255
     return rgb.round().byte().permute(1, 2, 0).numpy()
 
 
@@ -526,6 +602,8 @@ def samples(models, dataset, device, indices, namings, captions=(), flip=False, 
 def table(results, names):
     """The text table of {title: scores}: per-class IoU and precision, mIoU and accuracy, in percent."""
     titles = list(results)
+    if len(titles) > 4:                                                              # as wide as a terminal
+        return table(dict(list(results.items())[:4]), names) + "\n\n" + table(dict(list(results.items())[4:]), names)
     width = max([len(name) for name in names] + [8])
     pixels = results[titles[0]]["pixels"]
     number = lambda x: f"{100 * x:6.1f}" if math.isfinite(x) else "     -"           # noqa: E731
@@ -553,7 +631,8 @@ def plain(x):
 
 def evenly(count, total):
     """`count` indices spread evenly over 0..total-1: which pictures are shown is a rule, not a choice."""
-    return sorted({int((i + 0.5) * total / count) for i in range(min(count, total))})
+    count = min(count, total)
+    return [int((i + 0.5) * total / count) for i in range(count)]
 
 
 def finish(run, model, images, val, encode=None):
@@ -564,45 +643,71 @@ def finish(run, model, images, val, encode=None):
     """
     if run.args.bench:
         return 0
-    model.eval()
-    patch, workers = patch_of(model), run.args.workers or 0
-    result = evaluate(model, val, run.device, workers=workers)
-    assignment = hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
-    shown = {}
+    seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else None
+    workers = run.args.workers or 0
+    result = evaluate(model, val, run.device, workers=workers, watch=evenly(200, len(val)))
+    shown = heads(result, val)
     if val.classes:
-        shown["cluster"] = scores(matched(result["cluster"], assignment))
-        if result["linear"] is not None:
-            shown["linear"] = scores(result["linear"])
-        raw = baseline(run, encode or model.backbone, images, val, run.args.clusters, patch)
+        raw = baseline(run, encode or model.backbone, images, val, run.args.clusters, patch_of(model))
         shown["kmeans"] = scores(matched(raw, hungarian(raw)))
     if run.rank == 0:
-        write_report(run.folder, model, val, run.device, result, assignment, shown,
-                     seconds=time.time() - os.path.getmtime(run.folder / "args.json"))
+        report(run.folder, model, val, run.device, result, shown, seconds=seconds)
     return 1 if result["failed"] else 0
 
 
-def write_report(folder, model, val, device, result, assignment, shown, **more):
-    """Print the table; write scores.json, samples.png and confusion.png into the folder."""
-    titles = {"cluster": "cluster", "linear": "linear probe", "kmeans": "K-means, raw"}
+def heads(result, val, suffix=""):
+    """What `evaluate` counted -> {"cluster": scores, "linear": scores}, as far as there are labels."""
+    shown = {}
+    if val.classes:
+        shown["cluster" + suffix] = scores(matched(result["cluster"], hungarian(result["cluster"])))
+        if result["linear"] is not None:
+            shown["linear" + suffix] = scores(result["linear"])
+    return shown
+
+
+def matching(result, val):
+    """The class of each cluster, -1 = none, as the Hungarian matching of these counts has it."""
+    return hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
+
+
+TITLES = {"cluster": "cluster", "linear": "linear probe", "kmeans": "K-means, raw"}
+
+
+def report(folder, model, val, device, result, shown, prefix="", **more):
+    """Print the table of `shown`; write scores.json, samples.png, best_and_worst.png and confusion.png into folder."""
+    assignment = matching(result, val)
     ids, names, palette = naming(assignment, val.names, val.palette)
-    print(f"{val.name} {val.split}: {len(val) - len(result['failed'])} images")
-    if shown:
-        print(table({titles.get(key, key): value for key, value in shown.items()}, val.names))
-    else:
-        print("the data set has no labels, so there are no scores; the pictures show what was found")
+    print(f"\n{val.name} {val.split}, {len(val) - len(result['failed'])} images")
+    print(table({TITLES.get(key, key): value for key, value in shown.items()}, val.names) if shown else
+          "no labels, hence no scores; the pictures show what was found")
     for path, reason in result["failed"]:
         print(f"not scored: {path}: {reason}", file=sys.stderr)
-    content = {**shown, **more, "names": val.names, "matching": assignment, "images": len(val),
-               "failed": result["failed"], "versions": common.versions(torch.device(device))}
-    common.write(folder / "scores.json", json.dumps(plain(content), indent=1).encode())
-    samples([("prediction", model)], val, device, evenly(4, len(val)), [(ids, names, palette)]).save(
-        folder / "samples.png")
-    written = ["scores.json", "samples.png"]
+    content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names, "names": names,
+               "palette": palette.tolist(), "matching": ids, "versions": common.versions(torch.device(device))}
+    common.write(folder / f"{prefix}scores.json", json.dumps(plain(content), indent=1).encode())
+    pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
+                                       [(ids, names, palette)])}
     if shown:
-        counts = matched(result["cluster"], assignment)
-        confusion_picture(counts, val.names, f"{val.name}, clusters").save(folder / "confusion.png")
-        written.append("confusion.png")
-    print("wrote " + ", ".join(str(folder / name) for name in written))
+        right = torch.stack([matched(counts, assignment).diagonal().sum() for counts in result["watched"]])
+        share = (right / result["watched"].sum((1, 2))).cpu()
+        watched = evenly(len(share), len(val))
+        order = [i for i in share.argsort(descending=True).tolist() if share[i].isfinite()]
+        order = order if len(order) < 6 else order[:3] + order[-3:]
+        pictures["best_and_worst.png"] = samples(
+            [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
+            [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
+        pictures["confusion.png"] = confusion_picture(matched(result["cluster"], assignment), val.names,
+                                                      f"{val.name} {val.split}: clusters, named by Hungarian matching")
+    for name, picture in pictures.items():
+        write_png(folder / (prefix + name), picture)
+    print("wrote " + ", ".join(str(folder / (prefix + name)) for name in ["scores.json", *pictures]))
+
+
+def write_png(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    common.write(path, buffer.getbuffer())
 
 
 # ---------------------------------------------------------------- runs
@@ -615,7 +720,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
     """
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
-        raise ValueError(f"{folder} is a run of {checkpoint['method']!r}{common.nearest(checkpoint['method'], common.METHODS)}")
+        raise ValueError(f"{folder} is a run of {checkpoint['method']!r}, which is none of {', '.join(common.METHODS)}")
     args = argparse.Namespace(**checkpoint["args"])
     args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     if checkpoint["model"] is None:
@@ -623,3 +728,449 @@ def load_run(folder, device="cpu", root=None, weights=None):
     model = importlib.import_module(checkpoint["method"]).Model(args)
     common.load_trained(model, checkpoint["model"], Path(folder) / "last.pt")
     return model.to(device).eval(), args, checkpoint
+
+
+def load_data(options, args, split, patch):
+    """The data set that a run is scored on: its own, unless --data names another."""
+    name, size = options.data or args.data, options.size or getattr(args, "eval_size", args.size)
+    protocol = options.protocol or (None if options.data else args.protocol)
+    return data.load(name, options.root or args.root, split, size=-(-size // patch) * patch, protocol=protocol)
+
+
+def score_run(folder, options, device):
+    """`python eval.py RUN`: score one run, write into its folder, and give (options of the run, scores, exit code)."""
+    model, args, _ = load_run(folder, device, None if options.data else options.root, options.weights)
+    patch, folder = patch_of(model), Path(folder)
+    val = load_data(options, args, options.split, patch)
+    other = options.data not in (None, args.data)
+    if other:                                                                        # its classes are not the run's
+        model.linear = None
+    prefix = f"{val.name}-" * other + f"{options.split}-" * (options.split != "val") + "".join(
+        f"{value}-" for value in (options.size, options.protocol) if value)          # beside the run's own scores.json
+    count = dict(workers=options.workers, batch_size=options.batch_size)
+    result = evaluate(model, val, device, watch=evenly(200, len(val)), **count)
+    shown, code = heads(result, val), 1 if result["failed"] else 0
+    if options.flip or options.crf:
+        suffix = " + flip" * options.flip + " + CRF" * options.crf
+        shown |= heads(evaluate(model, val, device, options.flip, options.crf, what=suffix[3:], **count), val, suffix)
+    if val.classes and (options.clusters or other):
+        train = load_data(options, args, "train", patch)
+        shown |= fitted_on_code(model, train, val, device, options.clusters or val.classes, other, args.seed, count)
+    before = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+    if before.get("kmeans") and not prefix:                                          # measured when training ended
+        shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value]) if isinstance(value, list)
+                           else math.nan if value is None else value for key, value in before["kmeans"].items()}
+    if common.rank() == 0:
+        report(folder, model, val, device, result, shown, prefix, seconds=before.get("seconds"))
+    return args, shown, code
+
+
+def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
+    """K-means, and for another data set a linear probe, fitted on the frozen code of the train split, scored on val."""
+    fitted = fit_clusters(model, train, clusters, device, patch_of(model), seed)
+    features, labels, _ = sample_points(model, train, device, patch_of(model))
+    features, labels = features.flatten(0, 1), labels.flatten()
+    if linear and (labels >= 0).any():
+        fitted.linear = fit_linear(features, labels, val.classes)
+    result = evaluate(fitted, val, device, what="k-means on the code", **count)
+    shown = heads(result, val, " fitted here")
+    if clusters != val.classes:                                                      # many-to-one: ViCE's cluster model
+        nearest = (features @ fitted.cluster.clusters.T).argmax(1)
+        votes = confusion_matrix(nearest, labels, clusters, val.classes) if (labels >= 0).any() else result["cluster"]
+        shown[f"{clusters} clusters, Hungarian"] = shown.pop("cluster fitted here")
+        shown[f"{clusters} clusters, majority"] = scores(matched(result["cluster"], majority(votes)))
+    return shown
+
+
+def score_backbone(options, device):
+    """`python eval.py --arch A --data D`: K-means and a linear probe on raw features, the baseline of every table."""
+    backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
+    name = options.data or "scenes"
+    args = argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
+    train, val = (load_data(options, args, split, backbone.patch) for split in ("train", options.split))
+    clusters = options.clusters or val.classes or 27
+    model = fit_clusters(backbone, train, clusters, device, backbone.patch, options.seed)
+    features, labels, _ = sample_points(backbone, train, device, backbone.patch)
+    if (labels >= 0).any():
+        model.linear = fit_linear(features.flatten(0, 1), labels.flatten(), val.classes)
+    result = evaluate(model, val, device, options.flip, options.crf, options.batch_size, options.workers,
+                      watch=evenly(200, len(val)))
+    shown = {"kmeans" if key == "cluster" else key: value for key, value in heads(result, val).items()}
+    if common.rank() == 0:
+        folder = Path(options.out or f"runs/raw-{val.name}-{options.arch}")
+        folder.mkdir(parents=True, exist_ok=True)
+        report(folder, model, val, device, result, shown)
+    return 1 if result["failed"] else 0
+
+
+def compare(folders, found, markdown):
+    """One line per run, and mean and deviation over the seeds of one configuration -> the table as text."""
+    local = {"seed", "out", "device", "workers", "resume", "save_every", "cache_features", "root", "compile", "json"}
+    groups, rows = {}, []
+    for folder, (args, shown) in zip(folders, found):
+        kind = json.dumps({key: value for key, value in vars(args).items() if key not in local}, sort_keys=True)
+        groups.setdefault(kind, []).append((folder, args, shown))
+    columns = list(dict.fromkeys(key for _, shown in found for key in shown))
+    value = lambda shown, key, part: 100 * shown[key][part] if key in shown else math.nan      # noqa: E731
+    for runs in groups.values():
+        for folder, args, shown in runs:
+            rows.append([str(folder), *(f"{value(shown, k, 'miou'):.1f} / {value(shown, k, 'accuracy'):.1f}"
+                                        for k in columns)])
+        if len(runs) > 1:
+            cells = []
+            for key in columns:
+                numbers = [np.array([value(shown, key, part) for *_, shown in runs]) for part in ("miou", "accuracy")]
+                cells.append(" / ".join(f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in numbers))
+            rows.append([f"mean of {len(runs)} seeds", *cells])
+    head = ["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]
+    if markdown:
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [head, *rows])
+
+
+def side_by_side(folders, options, device):
+    """A picture with a column per run: the same four photos, where the runs share a data set."""
+    models, named = [], []
+    for folder in folders:
+        model, args, _ = load_run(folder, device, None if options.data else options.root, options.weights)
+        val = load_data(options, args, options.split, patch_of(model))
+        if models and (val.name, len(val)) != shared:
+            print("the runs are on different data sets, so there is no picture side by side")
+            return
+        shared = val.name, len(val)
+        saved = json.loads((Path(folder) / "scores.json").read_text())
+        models.append((Path(folder).name, model))
+        named.append((torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)))
+    path = Path(options.out or folders[0]) / "side_by_side.png"
+    write_png(path, samples(models, val, device, evenly(4, len(val)), named))
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------- your own pictures
+
+def list_inputs(paths, out):
+    """Files and folders -> [(file, name of its result without suffix)]. Subfolders are kept; a.jpg and a.png beside each
+    other give a.jpg.png and a.png.png. Raises where a path is missing, or where a result would replace an input."""
+    found, several = [], sum(Path(path).is_dir() for path in paths) > 1
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"--images {path} does not exist")
+        names = [Path(name) for name in data.list_images(path)] if path.is_dir() else [Path(path.name)]
+        for name in names:
+            file = path / name if path.is_dir() else path
+            if out.resolve() not in file.resolve().parents or out.resolve() == path.resolve():
+                found.append((file, Path(path.resolve().name) / name if several and path.is_dir() else name))
+    if not found:
+        raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
+    stems = collections.Counter(name.with_suffix("") for _, name in found)
+    found = [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix("")) for file, name in found]
+    results = collections.Counter((out / f"{name}{end}.png").resolve() for _, name in found for end in ("", "_overlay"))
+    for path, count in results.items():
+        if count > 1 or path in {file.resolve() for file, _ in found}:
+            raise ValueError(f"{path} would be written {'twice' if count > 1 else 'over an input'}; "
+                             f"choose another --out, or fewer --images at a time")
+    return found
+
+
+def read_picture(path, size):
+    """Any image file -> image (3,h,w), normalised, its shorter side `size` pixels (0: as it is), and RGB uint8 (H,W,3).
+
+    The longer side is held at eight times `size`, so that a strip of one pixel's width does not fill the memory.
+    """
+    picture = data.read_image(str(path))
+    small = picture
+    if size:
+        scale = min(size / min(picture.size), 8 * size / max(picture.size))
+        small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+    return (image - data.MEAN) / data.STD, np.array(picture)
+
+
+@torch.no_grad()
+def segment(folder, options, device):
+    """`python eval.py RUN --images PATH... --out DIR`: per image NAME.png, a palette PNG whose values are ids, and
+    NAME_overlay.png; one legend.png and legend.txt (id, name, share). Returns 1 if some image could not be read."""
+    if not options.out:
+        raise ValueError("--images needs --out DIR, where the results go")
+    out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
+    model, args, _ = load_run(folder, device, options.root, options.weights)
+    ids, names, palette = label_names(folder, model, options)
+    patch, size = patch_of(model), getattr(args, "eval_size", args.size) if options.size is None else options.size
+    counts, failed = torch.zeros(len(names), dtype=torch.long, device=device), []
+    for file, name in tqdm(inputs[common.rank()::common.world()], "segmentation", unit="image", leave=False,
+                           disable=common.rank() > 0, dynamic_ncols=True):
+        try:
+            image, photo = read_picture(file, size)
+        except Exception as error:      # Pillow raises nearly anything for a broken file, and the others must go on
+            failed.append((str(file), f"{type(error).__name__}: {error}"))
+            continue
+        found = predict(model, image[None].to(device), photo.shape[:2], options.flip, options.crf, options.tile)
+        found = ids.to(device)[found[options.head][0]]                               # (H, W)
+        counts += torch.bincount(found.flatten(), minlength=len(names))
+        found = found.byte().cpu().numpy()
+        picture = Image.fromarray(found).convert("L")
+        picture.putpalette(palette.tobytes())                                        # "L" becomes "P": values are kept
+        write_png(out / f"{name}.png", picture)
+        write_png(out / f"{name}_overlay.png", Image.fromarray(overlay(photo, found, palette)))
+    counts, everyone = common.reduce_sum(counts), [failed]
+    if common.world() > 1:
+        everyone = [None] * common.world()
+        dist.all_gather_object(everyone, failed)
+    failed = sorted(sum(everyone, []))
+    if common.rank() == 0:
+        share = (100 * counts / counts.sum().clamp(min=1)).tolist()
+        write_png(out / "legend.png", legend([f"{k} {n}  {x:.1f} %" for k, (n, x) in enumerate(zip(names, share))],
+                                             palette, 640))
+        lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, share))]
+        common.write(out / "legend.txt", "".join(lines).encode())
+        for path, reason in failed:
+            print(f"not segmented: {path}: {reason}", file=sys.stderr)
+        print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; colours in {out / 'legend.png'}")
+    return 1 if failed else 0
+
+
+def label_names(folder, model, options):
+    """ids (clusters or classes,), names and palette of a run: those found when it was scored, else cluster numbers."""
+    path = Path(folder) / "scores.json"
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if options.head == "linear":
+        if model.linear is None or not saved.get("classes"):
+            raise ValueError(f"{folder} has no linear probe: it was trained without labels; drop --head linear")
+        names = saved["classes"]
+        ids, palette = torch.arange(len(names)), np.array(saved["palette"], np.uint8)[:len(names)]
+    elif saved:
+        ids, names, palette = torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
+    else:
+        ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
+    if options.names:
+        given = [line.strip() for line in Path(options.names).read_text().splitlines() if line.strip()]
+        if len(given) != len(names):
+            raise ValueError(f"{options.names} holds {len(given)} names, but the run has {len(names)} ids")
+        names = given
+    if len(names) > 256:
+        raise ValueError(f"a palette PNG holds 256 ids, the run has {len(names)}")
+    return ids, names, palette
+
+
+# ---------------------------------------------------------------- a look inside
+
+@torch.no_grad()
+def embed(model, dataset, folder, device):
+    """Write the code of every image of a data set as NAME.npy, float32 (K,h,w); subfolders are kept."""
+    common_part = os.path.commonpath([os.path.dirname(path) for path in dataset.paths])
+    failed = 0
+    for items in batches(dataset, 1, what="embedding"):
+        for item in items:
+            if item["error"]:
+                print(f"not embedded: {item['path']}: {item['error']}", file=sys.stderr)
+                failed += 1
+                continue
+            code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
+            path = Path(folder) / os.path.relpath(item["path"], common_part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path.with_name(path.name + ".npy"), code.cpu().numpy())
+    print(f"wrote {len(dataset) - failed} codes to {folder}, one {tuple(code.shape)} array per image")
+    return 1 if failed else 0
+
+
+@torch.no_grad()
+def principal_picture(model, dataset, device):
+    """Photos beside the first three principal components of their code as red, green, blue (ViCE, figure 5)."""
+    photos, codes = [], []
+    for index in evenly(6, len(dataset)):
+        item = dataset[index]
+        code = encode(model, padded(item["image"][None].to(device), patch_of(model)))
+        photos.append(photo_of(item))
+        codes.append(F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu())
+    pixels = torch.cat([code.flatten(1)[:, ::7] for code in codes], 1).T             # (n, K): a seventh fixes the axes
+    mean = pixels.mean(0)
+    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]  # (K, 3), largest variance first
+    low, high = ((pixels - mean) @ axes).quantile(torch.tensor([0.02, 0.98]), 0) if len(pixels) < 2 ** 24 else (-1, 1)
+    rows = []
+    for photo, code in zip(photos, codes):
+        rgb = ((((code.permute(1, 2, 0) - mean) @ axes) - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+        rows.append([fit(photo, mode=Image.Resampling.BILINEAR), fit((255 * rgb).byte().numpy())])
+    return sheet(rows, ["photo", "first three principal components"], [], np.zeros((0, 3)))
+
+
+def neighbors(means, k):
+    """Mean features (n,D) -> (n,k) the most similar other images."""
+    cosines = F.normalize(means, dim=1) @ F.normalize(means, dim=1).T
+    return cosines.fill_diagonal_(-math.inf).topk(min(k, len(means) - 1), 1).indices
+
+
+def confused(features, labels, means, classes, k=7, share=0.1):
+    """Which classes the strongest correspondences between neighbouring images join (STEGO A.6, figure 10).
+
+    features (n,P,D), labels (n,P), means (n,D) from `sample_points` -> counts (classes,classes) of the strongest `share`
+    of all point pairs between each image (columns) and its k nearest neighbours (rows).
+    """
+    counts = torch.zeros(classes, classes, dtype=torch.long, device=features.device)
+    for i, others in enumerate(neighbors(means, k)):
+        for j in others:
+            cosines = F.normalize(features[i], dim=1) @ F.normalize(features[j], dim=1).T   # (P, P)
+            strong = cosines >= cosines.flatten().topk(max(1, int(share * cosines.numel()))).values[-1]
+            a, b = (x[strong] for x in torch.broadcast_tensors(labels[i][:, None], labels[j][None]))
+            counts += confusion_matrix(b[b >= 0], a[b >= 0], classes, classes)
+    return counts
+
+
+def precision_recall(features, labels, partner):
+    """Cosines of point pairs as predictors of "same class" (STEGO figure 3) -> recall, precision (m,), average precision.
+
+    features (n,P,D), labels (n,P), partner (n,): the image that each image is paired with, for instance itself.
+    """
+    features = F.normalize(features, dim=-1)
+    cosines = torch.einsum("npd,nqd->npq", features, features[partner])
+    usable = (labels >= 0)[:, :, None] & (labels >= 0)[partner][:, None]
+    usable &= ~(torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device) & (
+        partner == torch.arange(len(partner), device=partner.device))[:, None, None])         # a point with itself
+    same = (labels[:, :, None] == labels[partner][:, None])[usable]
+    hits = same[cosines[usable].argsort(descending=True)].double().cumsum(0)
+    precision = hits / torch.arange(1, len(hits) + 1, device=hits.device)
+    recall = hits / hits[-1].clamp(min=1)
+    return recall, precision, (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
+
+
+def curve_picture(curves, title, size=420):
+    """{name: (recall, precision, average precision)} -> a picture of the curves."""
+    colours = distinct(len(curves))
+    picture = Image.new("RGB", (size + 90, size + 90 + 22 * len(curves)), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((60, 8), title, "black", font(15))
+    place = lambda x, y: (60 + x * size, 36 + (1 - y) * size)                        # noqa: E731
+    for i in range(6):
+        draw.line([place(i / 5, 0), place(i / 5, 1)], "lightgrey")
+        draw.line([place(0, i / 5), place(1, i / 5)], "lightgrey")
+        draw.text(place(i / 5, -0.03), f"{i / 5:.1f}", "black", font(12), "mm")
+        draw.text(place(-0.02, i / 5), f"{i / 5:.1f}", "black", font(12), "rm")
+    draw.text(place(0.5, -0.07), "recall", "black", font(13), "mm")
+    draw.text((8, 36), "precision", "black", font(13), "lm")
+    for i, (name, (recall, precision, average)) in enumerate(curves.items()):
+        at = torch.searchsorted(recall, torch.linspace(0.005, 1, 200, dtype=recall.dtype, device=recall.device))
+        at = at.clamp(max=len(recall) - 1)
+        draw.line([place(*xy) for xy in zip(recall[at].tolist(), precision[at].tolist())], tuple(colours[i].tolist()), 3)
+        y = size + 76 + 22 * i
+        draw.line([(60, y), (90, y)], tuple(colours[i].tolist()), 4)
+        draw.text((98, y), f"{name}: average precision {average:.3f}", "black", font(13), "lm")
+    return picture
+
+
+def look_inside(options, device):
+    """--embed, --pca, --neighbors, --pr-curve: on the validation split of a run, or of a backbone without one."""
+    if options.runs:
+        model, args, _ = load_run(options.runs[0], device, None if options.data else options.root, options.weights)
+        backbone, folder = getattr(model, "backbone", None) or model, Path(options.runs[0])
+    else:
+        model = backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
+        args = argparse.Namespace(data="scenes", root=None, protocol=None, size=96 if not options.data else 320)
+        folder = Path(f"runs/raw-{options.data or 'scenes'}-{options.arch}")
+    folder = Path(options.out or folder)
+    val, patch, code = load_data(options, args, options.split, patch_of(model)), patch_of(model), 0
+    if options.embed:
+        code = embed(model, val, options.embed, device)
+    if options.pca:
+        write_png(folder / "pca.png", principal_picture(model, val, device))
+        print(f"wrote {folder / 'pca.png'}")
+    if (options.neighbors or options.pr_curve) and not val.classes:
+        raise ValueError(f"{val.name} has no labels to compare correspondences with")
+    if options.neighbors:
+        features, labels, means = sample_points(backbone, val, device, patch, points=100)
+        counts = confused(features, labels, means, val.classes)
+        print(f"{100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % of the strongest tenth of "
+              f"correspondences between {len(means)} images and their neighbours join pixels of one class")
+        off = (counts / counts.sum(0, keepdim=True).clamp(min=1)).fill_diagonal_(0).cpu()
+        for at in off.flatten().argsort(descending=True)[:8].tolist():
+            b, a = divmod(at, val.classes)
+            print(f"  {val.names[a]} is joined with {val.names[b]}: {100 * off[b, a]:.1f} % of its correspondences")
+        write_png(folder / "neighbors.png", confusion_picture(
+            counts, val.names, f"{val.name}: classes joined by the strongest correspondences between neighbours",
+            "rows: class in the image and its share; columns: class of the corresponding point, % of the row"))
+        print(f"wrote {folder / 'neighbors.png'}")
+    if options.pr_curve:
+        curves = {}
+        for name, encoder in {"backbone": backbone, "trained head": model}.items():
+            if name == "backbone" or model is not backbone:
+                features, labels, means = sample_points(encoder, val, device, patch, points=100)
+                itself = torch.arange(len(means), device=means.device)
+                near = neighbors(means, 1)[:, 0] if name == "backbone" else near     # the same pairs for both
+                curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
+                curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
+        for name, (_, _, average) in curves.items():
+            print(f"average precision {average:.3f}  {name}")
+        write_png(folder / "pr_curve.png", curve_picture(curves, f"{val.name}: cosine as predictor of the same class"))
+        print(f"wrote {folder / 'pr_curve.png'}")
+    return code
+
+
+# ---------------------------------------------------------------- command line
+
+def arguments():
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
+    g = p.add_argument_group("scoring")
+    g.add_argument("--crf", action="store_true", help="also with the fully connected CRF")
+    g.add_argument("--flip", action="store_true", help="also with the code averaged over the mirrored image")
+    g.add_argument("--clusters", type=common.whole(1), metavar="N", help="also K-means with N centres on the code; "
+                   "above the number of classes by Hungarian (the rest is wrong) and by majority vote of train labels")
+    g.add_argument("--data", metavar="NAME|DIR", help="score on this data set instead of the run's own; probes are then "
+                   "fitted anew on its train split")
+    g.add_argument("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
+    g.add_argument("--split", default="val", help="default: val")
+    g.add_argument("--protocol", help="how images are resized and cropped; default: as at training")
+    g.add_argument("--size", type=common.whole(0), metavar="PIXELS", help="shorter side at which the network sees an "
+                   "image; default: as in training, which is the scale it knows; with --images 0 = as it is")
+    g.add_argument("--markdown", action="store_true", help="print the comparison as a Markdown table")
+    g = p.add_argument_group("your own pictures")
+    g.add_argument("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
+    g.add_argument("--out", metavar="DIR", help="where results go; otherwise pictures go into the (first) run folder")
+    g.add_argument("--tile", type=common.whole(32), metavar="PIXELS", help="in overlapping tiles, for images that do not "
+                   "fit into memory at once; try 512 with --size 0")
+    g.add_argument("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
+    g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe names the pixels")
+    g = p.add_argument_group("a look inside (a run, or --arch and --data)")
+    g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
+    g.add_argument("--pca", action="store_true", help="picture of the code's first three principal components")
+    g.add_argument("--neighbors", action="store_true", help="which classes the backbone's correspondences between "
+                   "neighbouring images confuse: judges a backbone without training")
+    g.add_argument("--pr-curve", action="store_true", help="precision and recall of correspondences as predictors of "
+                   "the same class, backbone and trained head")
+    g = p.add_argument_group("backbone, machine")
+    g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
+    g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay at training")
+    g.add_argument("--depth", type=common.whole(1), metavar="K", help="with --arch: the first K blocks")
+    g.add_argument("--seed", type=common.whole(0), default=0, help="of K-means")
+    g.add_argument("--batch-size", type=common.whole(1), default=16, help="images at a time")
+    g.add_argument("--device", help="default: the accelerator if there is one")
+    g.add_argument("--workers", type=common.whole(0), default=0, help="processes that read images")
+    return p
+
+
+def run(options):
+    if not options.runs and not options.arch:
+        raise ValueError("give a run folder, or --arch and --data for a raw backbone; python eval.py --help")
+    if options.runs and options.arch:
+        raise ValueError("a run brings its own backbone: give either RUN or --arch")
+    device = common.start_processes(options.device)
+    if options.images:
+        if len(options.runs) != 1:
+            raise ValueError("--images needs exactly one RUN")
+        return segment(options.runs[0], options, device)
+    if options.embed or options.pca or options.neighbors or options.pr_curve:
+        return look_inside(options, device)
+    if not options.runs:
+        return score_backbone(options, device)
+    found = [score_run(folder, options, device) for folder in options.runs]
+    if common.rank() == 0 and (len(found) > 1 or options.markdown):
+        print("\n" + compare(options.runs, [(args, shown) for args, shown, _ in found], options.markdown))
+        if len(found) > 1:
+            side_by_side(options.runs, options, device)
+    return max(code for *_, code in found)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(arguments().parse_args()))
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(common.report(error))
