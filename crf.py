@@ -38,29 +38,33 @@ class Lattice:
 
     def __init__(self, features, highest, image, images):
         d, n = features.shape
-        # z = differences of neighbouring coordinates of y: nearly one feature each, which keeps the radix small and
-        # puts the corners of one part of the image next to each other in memory
-        up = [math.sqrt(2 / 3 * (j + 2) / (j + 1)) for j in range(d)]
-        down = [math.sqrt(2 / 3 * j / (j + 1)) for j in range(d)]
-        y = features * features.new_tensor(up)[:, None]
-        y[1:] -= features[:-1] * features.new_tensor(down[1:])[:, None]
-        for j in reversed(range(d - 1)):
-            y[j] += y[j + 1]
+        # The original's float32 arithmetic, in its order: another one moves pixels that lie on a border between simplices
+        above, elevated = torch.zeros_like(features[0]), [None] * (d + 1)
+        for j in range(d, 0, -1):
+            scaled = features[j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
+            elevated[j] = above - j * scaled
+            above = above + scaled
+        elevated = torch.stack([above] + elevated[1:])                         # (d+1,n); y_j = (e_j - e_d) / (d+1)
+        whole = (elevated / (d + 1)).round()
+        rest = elevated - whole * (d + 1)
+        below = rest[:d] < rest[d]
+        floor = (whole[:d] - whole[d]).long() - below.long()                   # of y (d,n)
+        fraction, axis = ((rest[:d] - rest[d]) / (d + 1) + below).sort(dim=0, descending=True, stable=True)
 
-        low = [-math.ceil(down[j] * highest[j - 1]) - 3 for j in range(d)]     # 3: corner, neighbour, rounding
-        high = [math.ceil(up[j] * highest[j]) + 3 for j in range(d)]
+        # key: z_j = y_j - y_(j+1) in mixed radix, since z_j depends on two features alone and stays small, and since
+        # the corners of one part of the image then lie next to each other in memory. 3: corner, neighbour, rounding
+        low = [-math.ceil(math.sqrt(2 / 3 * j / (j + 1)) * highest[j - 1]) - 3 for j in range(d)]
+        high = [math.ceil(math.sqrt(2 / 3 * (j + 2) / (j + 1)) * highest[j]) + 3 for j in range(d)]
         radix = [math.prod(high[k] - low[k] + 1 for k in range(j + 1, d)) for j in range(-1, d)]
         if images * radix[0] >= 2 ** 63 or n * (d + 1) >= 2 ** 31:
             raise ValueError(f"a lattice over {n} pixels with coordinates up to {max(highest):.0f} deviations is too "
                              "large: use larger deviations (sxy, srgb) or fewer images in a batch")
         steps = [radix[1]] + [radix[j + 1] - radix[j] for j in range(1, d)]    # what one step along y_j adds to a key
-        step = torch.tensor(steps, device=y.device)
+        step = torch.tensor(steps, device=floor.device)
 
-        floor = y.floor()
-        fraction, axis = (y - floor).sort(dim=0, descending=True, stable=True)
         weight = F.pad(fraction, (0, 0, 1, 0), value=1.0)
         weight[:-1] -= fraction                                                # (d+1,n)
-        first = (floor.long() * step[:, None]).sum(0) + image * radix[0] - sum(l * r for l, r in zip(low, radix[1:]))
+        first = (floor * step[:, None]).sum(0) + image * radix[0] - sum(l * r for l, r in zip(low, radix[1:]))
         key, entry = torch.cat([first[None], step[axis]]).cumsum(0).flatten().sort()
         new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
         start = new.nonzero()[:, 0]                                            # (M,) first entry of each corner
