@@ -350,7 +350,7 @@ def update_teacher(model, momentum=0.99):
             t.lerp_(s, 1 - momentum)
 
 
-def grid_choice(B, h, w, k=4, device=None):
+def grid_choice(B, h, w, k, device=None):
     """One random token from every k x k window: flat indices (B,n), n = (h//k)(w//k); a rest at the edge is left out."""
     k = min(k, h, w)
     rows, columns = h // k, w // k
@@ -358,7 +358,7 @@ def grid_choice(B, h, w, k=4, device=None):
     return grid_positions(inside, h, w, k)
 
 
-def grid_positions(inside, h, w, k=4):
+def grid_positions(inside, h, w, k):
     """Choice (B,n) of 0..k*k-1 inside each window, windows row by row -> flat token index (B,n)."""
     window = torch.arange(inside.shape[1], device=inside.device)
     y = window // (w // k) * k + inside // k
@@ -388,7 +388,7 @@ def train(args):
     for step, batch in run.steps("codebook", args.codebook_steps, wide, model=model, codebook_optimizer=optimizer):
         feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
         run.mark("backbone")
-        tokens = take(feats.flatten(2).mT, grid_choice(len(feats), *feats.shape[2:], device=run.device))  # (B,n,D)
+        tokens = take(feats.flatten(2).mT, grid_choice(len(feats), *feats.shape[2:], args.window, run.device))  # (B,n,D)
         loss = modularity_loss(tokens, model.codebook, form=args.form)
         if not run.finite(batch, loss=loss):
             continue
@@ -417,7 +417,7 @@ def train(args):
         feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
         run.mark("backbone")
         grid, tokens = tuple(feats.shape[2:]), feats.flatten(2).mT                             # (B,N,D)
-        index = grid_choice(len(feats), *grid, device=run.device)                              # (B,n)
+        index = grid_choice(len(feats), *grid, args.window, run.device)                              # (B,n)
         anchors = take(tokens, index)                                                          # (B,n,D)
         with run.autocast():
             if args.head == "tr":                                 # attention needs all tokens; sample afterwards
@@ -433,8 +433,9 @@ def train(args):
             with torch.no_grad():
                 key = model.teacher_projection(teacher).float()
         codes = quantize(anchors, model.codebook)                                              # (B,n)
-        now, images_now = batch_term(codes, projected.float(), key, similarity)
-        past, images_past = bank.loss(codes, student.float(), model.projection, similarity)
+        now, images_now = batch_term(codes, projected.float(), key, similarity, 0.07, *args.thresholds)
+        past, images_past = bank.loss(codes, student.float(), model.projection, similarity,
+                                       0.07, *args.thresholds)
         loss = mean_over_images(now + past, images_now + images_past)                          # eq. 4
         run.mark("head and loss")
         linear = eval.linear_loss(model.linear(full.float().mT.unflatten(2, grid)), batch["label"]) \
@@ -463,7 +464,7 @@ def train(args):
         run.mark("backbone")
         with torch.no_grad(), run.autocast():
             code = model.code(feats).float()                                                   # (B,r,h,w)
-        tokens = take(code.flatten(2).mT, grid_choice(len(code), *code.shape[2:], device=run.device))
+        tokens = take(code.flatten(2).mT, grid_choice(len(code), *code.shape[2:], args.window, run.device))
         loss = modularity_loss(tokens, model.cluster.clusters, form=args.form)
         linear = eval.linear_loss(model.linear(code), batch["label"]) if model.linear else loss.new_zeros(())
         if not run.finite(batch, loss=loss, linear=linear):
@@ -491,8 +492,8 @@ def step_linear(model, loss, optimizer):
 PRESETS = {      # steps as one of four unsynchronised processes took them: epoch = crops / 4 / 16
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000, codebook_steps=400,
                     probe_steps=400, batch_size=16, lr=4e-3, probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048,
-                    bank_slots=100, code_dim=90, projection_dim=2048),
-    "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=200, probe_steps=200, codes=64,
+                    bank_slots=100, window=4, thresholds=(0.3, 0.1), code_dim=90, projection_dim=2048),
+    "scenes": dict(window=2, size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=200, probe_steps=200, codes=64,
                    bank_slots=50, projection_dim=512),
     "camvid": dict(size=224, codebook_size=224, eval_size=336, steps=1000, codebook_steps=400, probe_steps=400),
     # 49,629 curated images x 5 crops; the paper's 320 px at test time, and at training time for the codebook and TR
@@ -511,6 +512,10 @@ def arguments():
                    "code) or over the sum of codes (paper)")
     g.add_argument("--codes", type=common.whole(2), help="codebook size K; 2048 in the paper")
     g.add_argument("--bank-slots", type=common.whole(1), help="past tokens kept per code; memory codes x slots x width x 4")
+    g.add_argument("--window", type=common.whole(1), help="one token of every window of so many patches is used per step; "
+                   "4 in the paper, less for small grids")
+    g.add_argument("--thresholds", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="cosine of two codes above "
+                   "which their patches attract, and below which they repel; 0.3 0.1 in the paper")
     g.add_argument("--code-dim", type=common.whole(1), help="width of the head's code, 90")
     g.add_argument("--projection-dim", type=common.whole(1), help="width of the space of the contrastive loss, 2048")
     g.add_argument("--codebook-size", type=common.whole(8), metavar="PIXELS", help="image side in the codebook phase")

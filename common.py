@@ -143,6 +143,7 @@ if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).stem in METHODS an
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -705,3 +706,371 @@ def versions(device):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"}
 
 
+# ---------------------------------------------------------------- frozen backbones
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]         # ImageNet's, which every backbone here was trained with
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class Backbone(nn.Module):
+    """What all backbones share: they stay in eval mode, want sides that are multiples of .patch, and give attention.
+
+    .dim is D, .patch is p (pixels of a side of a patch), .prefix is the number of tokens before those of the patches.
+    """
+    prefix = 0
+
+    def train(self, mode=True):                                   # also inside a model that trains: batch norm is frozen
+        return super().train(False)
+
+    def grid(self, images):
+        h, w = images.shape[-2] / self.patch, images.shape[-1] / self.patch
+        if h != int(h) or w != int(w):
+            raise ValueError(f"an image of {images.shape[-2]}x{images.shape[-1]} pixels does not divide into patches of "
+                             f"{self.patch}; take a multiple of {self.patch} for --size")
+        return int(h), int(w)
+
+    def forward_with_attention(self, images):
+        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Without attention of its own a backbone gets the
+        soft-max over the cosine similarity of its features, as one head without prefix tokens."""
+        feats = self(images)
+        unit = F.normalize(feats.flatten(2), dim=1)               # (B,D,N)
+        return feats, (unit.transpose(1, 2) @ unit).softmax(-1)[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def queries_keys_values(self, x, rotary):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each (B,heads,T,D/heads)
+        return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+
+    def forward(self, x, rotary=None):
+        x = F.scaled_dot_product_attention(*self.queries_keys_values(x, rotary))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def map(self, x, rotary=None):
+        q, k, _ = self.queries_keys_values(x, rotary)             # the fused attention above never forms this matrix
+        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)                    # (B,heads,T,T)
+
+
+def rotate(x, sin, cos):
+    """Rotary positions for the last N of (B,heads,T,d) tokens, channel c paired with c + d/2; sin, cos (N,d)."""
+    prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp, scale, eps):
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps), Attention(dim, heads), scale(dim)
+        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps), mlp(dim, 4 * dim), scale(dim)
+
+    def forward(self, x, rotary=None):
+        x = x + self.ls1(self.attn(self.norm1(x), rotary))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(Backbone):
+    """(B,3,H,W) -> (B,D,h,w): the patch tokens after the last block and the final norm.
+
+    Parameters carry the names of DINO's state dict. `side` is the side of the stored table of positions in patches
+    (default: 224 pixels), `position` the rule of the authors for another grid: offset (DINO's scale (h + 0.1) / side),
+    size, antialias, or rotary (no table). SelfPatch has neither class token nor final norm.
+    """
+    def __init__(self, dim, depth, heads, patch, side=None, position="offset", cls=True, registers=0,
+                 layer_scale=False, swiglu=False, norm=True, eps=1e-6):
+        super().__init__()
+        self.dim, self.patch, self.position, self.prefix = dim, patch, position, int(cls) + registers
+        self.side = side or 224 // patch
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+        if cls:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, registers, dim))
+        if position != "rotary":
+            self.pos_embed = nn.Parameter(torch.empty(1, int(cls) + self.side ** 2, dim))
+        for tokens in self.parameters(recurse=False):
+            nn.init.trunc_normal_(tokens, std=0.02)
+        if position == "rotary":                                  # wavelengths in units of half an image side
+            quarter = dim // heads // 4
+            self.register_buffer("periods", 100 ** (torch.arange(quarter) / quarter))
+        self.blocks = nn.ModuleList(Block(dim, heads, SwiGLU if swiglu else MLP, LayerScale if layer_scale
+                                          else nn.Identity, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
+
+    def positions(self, h, w):
+        """The stored table for a grid of h x w patches, by the authors' own rule: (1, cls + h*w, D)."""
+        n = self.side
+        if h == w == n:
+            return self.pos_embed
+        rows = self.pos_embed.shape[1] - n * n
+        cls, table = self.pos_embed.float().split((rows, n * n), dim=1)
+        how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)} if self.position == "offset" else \
+            {"size": (h, w), "antialias": self.position == "antialias"}
+        table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
+        return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
+
+    def rotary(self, h, w):
+        """sin and cos (N, D/heads) of the angles: y of the patch centre first, then x, both in (-1, 1); DINOv3."""
+        y, x = (((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1) for n in (h, w))
+        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)        # (N,2)
+        angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
+        return angles.sin(), angles.cos()
+
+    def tokens(self, images, with_map=False):
+        """-> all tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h, w)."""
+        h, w = self.grid(images)
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)                     # (B,N,D)
+        cls = [self.cls_token.expand(len(x), -1, -1)] if hasattr(self, "cls_token") else []
+        x = torch.cat((*cls, x), dim=1)
+        rotary = self.rotary(h, w) if self.position == "rotary" else None
+        if rotary is None:
+            x = x + self.positions(h, w)
+        if hasattr(self, "register_tokens"):                      # between class token and patches; they have no position
+            x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x, rotary)
+        last = self.blocks[-1]
+        attention = last.attn.map(last.norm1(x), rotary) if with_map else None
+        return self.norm(last(x, rotary)), attention, (h, w)
+
+    def forward(self, images):
+        tokens, _, grid = self.tokens(images)
+        return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
+
+    def forward_with_attention(self, images):
+        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block (B, heads, prefix + N, prefix + N)."""
+        tokens, attention, grid = self.tokens(images, with_map=True)
+        return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
+
+
+class ResNet50(Backbone):
+    """torchvision's ResNet-50 at output stride 8 (dilation in the last two stages): (B,3,H,W) -> (B,2048,H/8,W/8)."""
+    dim, patch = 2048, 8
+
+    def __init__(self):
+        super().__init__()
+        net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
+        for name, child in net.named_children():                  # own attributes, so that names stay torchvision's
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, child)
+
+    def forward(self, images):
+        self.grid(images)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class DCT8(Backbone):
+    """A backbone without weights: what the 8x8 DCT says about a patch. (B,3,H,W) -> (B,2*C,H/8,W/8).
+
+    C = 12: mean colour, log energy of nine bands of the luminance (three octaves, three orientations); the other half is
+    their average over the 5x5 patches around. The constant makes the energies of drawn scenes zero on average, so that
+    cosines between patches take both signs.
+    """
+    patch = 8
+
+    def __init__(self):
+        super().__init__()
+        k = torch.arange(8.0)
+        basis = torch.cos(torch.pi * k[:, None] * (k + 0.5) / 8) * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()
+        self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
+        v, u = k.repeat(8), k.repeat_interleave(8)
+        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))        # 0: the mean, 1, 2..3, 4..7
+        lean = (u > 2 * v).long() - (v > 2 * u).long()            # mostly vertical, diagonal, mostly horizontal change
+        band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
+        self.register_buffer("bands", F.one_hot(band + 1, 10)[:, 1:].float().T.reshape(9, 64, 1, 1))
+        self.register_buffer("grey", torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD)
+        self.dim = 2 * 12
+
+    def forward(self, images):
+        self.grid(images)
+        grey = (images * self.grey).sum(1, keepdim=True)          # (B,1,H,W)
+        energy = F.conv2d(F.conv2d(grey, self.basis, stride=8) ** 2, self.bands)            # (B,9,h,w)
+        colour = F.avg_pool2d(images, 8)
+        own = torch.cat((colour, (energy + 1e-3).log() / 2 + 2.5), 1)
+        around = F.avg_pool2d(own, 5, 1, 2, count_include_pad=False)
+        return torch.cat((own, around), 1)
+
+
+# ---------------------------------------------------------------- which backbones there are, and their weights
+
+SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}         # width, blocks; a head has 64 channels everywhere
+V2 = dict(side=37, layer_scale=True)
+V3 = dict(position="rotary", registers=4, layer_scale=True, eps=1e-5)
+FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(position="size"),
+            "selfpatch": dict(cls=False, norm=False), "dinov2": V2, "dinov2_reg": V2 | dict(registers=4, position="antialias"),
+            "dinov3": V3, "dinov3_plus": V3 | dict(swiglu=True)}
+
+META = "https://dl.fbaipublicfiles.com/"
+IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
+ARCHS = {  # name: (address, bytes, sha256 or its first digits); None: not published
+    "dct8": None,
+    "vits16": (META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None, None),
+    "vits8": (META + "dino/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 86728949,
+              "10fee18a0e7714de9005f9d56975ca8993d5fb87dab867868e528132d2be176c"),
+    "vitb16": (META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None, None),
+    "vitb8": (META + "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 343279349,
+              "575f0efc4838938314afa09897a62ed2b87919928b5edcd133abb907328995eb"),
+    "resnet50": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", None, "0676ba61"),
+    "dino_vits8_hub": (META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 86728949,
+                       "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"),
+    "dino_resnet50": (META + "dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth", None, None),
+    "mocov2_resnet50": (META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", None, None),
+    "dinov2_vits14": (META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", 88283115,
+                      "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "dinov2_vitb14": (META + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", 346378731,
+                      "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    "dinov2_vitl14": (META + "dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", 1217586395,
+                      "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    "dinov2_vits14_reg": (META + "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", None,
+                          "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
+    "dinov2_vitb14_reg": (META + "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None,
+                          "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
+    "dinov2_vitl14_reg": (META + "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None,
+                          "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"),
+    "ibot_vits16": (IBOT + "vits_16/checkpoint_teacher.pth", None, None),
+    "ibot_vitb16": (IBOT + "vitb_16/checkpoint_teacher.pth", None, None),
+    "msn_vits16": (META + "msn/vits16_800ep.pth.tar", None, None),
+    "msn_vitb16": (META + "msn/vitb16_600ep.pth.tar", None, None),
+    "mae_vitb16": (META + "mae/pretrain/mae_pretrain_vit_base.pth", None, None),
+    # not to be had by a plain address: Google Drive asks back, DINOv3 wants its licence accepted first
+    "selfpatch_vits16": ("https://drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw", None, None),
+    "dinov3_vits16": ("https://github.com/facebookresearch/dinov3 (dinov3_vits16_pretrain_lvd1689m-08c60483.pth)", None, "08c60483"),
+    "dinov3_vits16plus": ("https://github.com/facebookresearch/dinov3 (dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth)",
+                          None, "4057cbaa"),
+    "dinov3_vitb16": ("https://github.com/facebookresearch/dinov3 (dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth)", None, "73cec8be"),
+}
+
+
+def build(arch, heads=None):
+    """The untrained network of a name in ARCHS."""
+    if arch == "dct8":
+        return DCT8()
+    if arch.endswith("resnet50"):
+        return ResNet50()
+    family, size, patch, variant = re.fullmatch(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?", arch).groups()
+    family = f"{family or 'dino'}_{variant}" if variant in ("reg", "plus") else family or "dino"
+    dim, depth = SIZES[size]
+    return ViT(dim, depth, heads or dim // 64, int(patch), **FAMILIES[family])
+
+
+def load_backbone(arch, weights=None, depth=None, heads=None):
+    """A frozen backbone in eval mode with .dim and .patch: (B,3,H,W), ImageNet-normalised -> (B,D,h,w).
+
+    arch     a name in ARCHS
+    weights  None: the authors' file, downloaded on first use; a file in any published layout; "none": untrained
+    depth    keep the first `depth` blocks of a ViT, then its final norm
+    heads    heads of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
+    Raises ValueError for an unknown name or for weights that are not the whole of this architecture.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown backbone {arch!r}{nearest(arch, ARCHS)}")
+    with torch.random.fork_rng(devices=[]):                       # same untrained network always, the caller's draws untouched
+        torch.default_generator.manual_seed(0)
+        backbone = build(arch, heads)
+    if depth and not (isinstance(backbone, ViT) and depth <= len(backbone.blocks)):
+        raise ValueError(f"--depth {depth} does not go with {arch}, which has "
+                         + (f"{len(backbone.blocks)} blocks" if isinstance(backbone, ViT) else "no transformer blocks"))
+    if arch != "dct8" and weights != "none":
+        load_weights(backbone, weights or published(arch), arch)
+    if depth:
+        del backbone.blocks[depth:]
+    return backbone.requires_grad_(False).eval()
+
+
+# names of timm and of the transformers library -> DINO's, one after the other
+RENAME = [(re.compile(a), b) for a, b in (
+    (r"^(module|_orig_mod)\.", ""), (r"^embeddings\.", ""),
+    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."), (r"^position_embeddings$", "pos_embed"),
+    (r"^(reg_token|storage_tokens)$", "register_tokens"), (r"^rope_embed\.periods$", "periods"),
+    (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # training files of DINOv2 hold blocks in chunks
+    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, of which it is the longer form
+    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"\.gamma_(\d)$", r".ls\1.gamma"))]
+GATED = {"gate_proj": "w1", "up_proj": "w2", "fc1_g": "w1", "fc1_x": "w2", "down_proj": "w3", "fc2": "w3"}
+PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
+# what published files hold beside the backbone: mask tokens, heads, decoders, prototypes
+DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|classifier|projection_head|"
+                  r"prototypes)(\.|$)")
+
+
+def flat_tensors(content):
+    """The tensors of the backbone in a published checkpoint under its own names: wrappers and common prefixes gone."""
+    for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.", "dinov2.",
+                   "dinov2_with_registers.", "dinov3_vit."):
+        inside = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        if inside and not any(k.startswith("layer.") for k in inside):   # transformers' DINOv3 has model.layer.N beside embeddings
+            state = inside
+    return state
+
+
+def to_dino_names(state, model):
+    """timm's or the transformers library's names of a ViT -> DINO's, with q, k, v in one matrix as `model` wants it."""
+    wanted, out = model.state_dict(), {}
+    table = model.position != "rotary" and "reg_token" in state and state["pos_embed"]
+    for name, tensor in state.items():
+        for pattern, by in RENAME:
+            name = pattern.sub(by, name)
+        gate = GATED if "blocks.0.mlp.w1.weight" in wanted else PLAIN
+        out[re.sub(r"(?<=\.mlp\.)(\w+)(?=\.)", lambda m: gate.get(m[0], m[0]), name)] = tensor
+    return out
+
+
+def load_weights(backbone, path, arch):
+    """Fill a backbone from a file with the authors' own names."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no weights file {path}") from None
+    state = {k: v.float() for k, v in flat_tensors(content).items() if not DROP.match(k)}
+    own = backbone.state_dict()
+    for key in sorted(set(own) ^ set(state)):
+        raise ValueError(f"{path} does not hold {arch}: {key} is {'missing' if key in own else 'too much'}")
+    for key in own:
+        if own[key].shape != state[key].shape:
+            raise ValueError(f"{path} does not hold {arch}: {key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
+    backbone.load_state_dict(state)
+
+
+def published(arch):
+    raise FileNotFoundError(f"give the weights of {arch} with --weights FILE; they come from {ARCHS[arch][0]}")
