@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -845,6 +846,124 @@ def side_by_side(folders, options, device):
     print(f"wrote {path}")
 
 
+# ---------------------------------------------------------------- the authors' checkpoints
+
+class Inert:
+    """Stands in for a foreign object that a checkpoint pickles: made from anything, holding nothing."""
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+class InertContainer:
+    """The same for objects that are filled like a dictionary: an empty one takes their place."""
+    def __new__(cls, *args, **kwargs):
+        return collections.OrderedDict()
+
+
+def read_foreign(path):
+    """The content of a checkpoint that holds more than tensors; nothing pickled in it is executed.
+
+    STEGO's files hold OmegaConf and Lightning objects, HP's a NumPy number: inert objects take the place of whatever is
+    neither a tensor nor a plain value.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        inert = [(Inert if name.startswith("numpy.") else InertContainer, name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# published name -> ours, by prefix; what has no place in our models stays behind
+STEGO_HEAD = {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp."}
+OFFICIAL = {
+    "stego": {**{"net." + a: b for a, b in STEGO_HEAD.items()}, "net.model.": "backbone.",
+              "cluster_probe.": "cluster.", "linear_probe.": "linear."},
+    "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.", "model.": "backbone.",
+           "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
+    "cause": {"head_ema.": "head_ema.", "head.": "head.", "projection_head.f.": "projection.", "codebook": "codebook",
+              "projection_head_ema.f.": "teacher_projection.", "linear.f.": "linear.",
+              "cluster_probe": "cluster.clusters"},
+}
+
+
+def import_official(options):
+    """`python eval.py --official METHOD FILE... --data NAME --out RUN`: the authors' checkpoint as a run folder of ours.
+
+    stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training, with --arch.
+    """
+    method, *files = options.official
+    if method not in OFFICIAL or not files:
+        raise ValueError(f"--official takes a method ({', '.join(OFFICIAL)}) and its file or files")
+    if not options.data or not options.out:
+        raise ValueError("--official needs --data, the data set that the checkpoint was trained on, and --out RUN")
+    folder, tensors = Path(options.out), {}
+    if (folder / "last.pt").exists():
+        raise ValueError(f"{folder} already holds a run; choose another --out")
+    for file in files:
+        try:
+            content = read_foreign(file)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{file} cannot be read as a checkpoint ({type(error).__name__})") from None
+        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        for key, value in list(content.items()):                                     # HP: one dictionary per module
+            if isinstance(value, dict):
+                prefix = "" if key == "net_model_state_dict" else f"{key}."
+                content |= {prefix + name: tensor for name, tensor in value.items()}
+        for key, value in content.items():
+            key = str(key).removeprefix("module.")
+            old = next((old for old in OFFICIAL[method] if key.startswith(old)), None)
+            if torch.is_tensor(value) and old is not None:
+                tensors[OFFICIAL[method][old] + key[len(old):]] = value.clone().float()
+    backbone = {key[9:]: tensors.pop(key) for key in list(tensors) if key.startswith("backbone.")}
+    module = importlib.import_module(method)
+    if not {"linear.weight", "cluster.clusters"} <= set(tensors):
+        raise ValueError(f"{', '.join(files)}: no probes of {method} in there; is it a checkpoint of {method}?")
+    arch = options.arch
+    if backbone:
+        width, patch = backbone["patch_embed.proj.weight"].shape[0], backbone["patch_embed.proj.weight"].shape[-1]
+        arch = {384: "vits", 768: "vitb"}[width] + str(patch)
+    elif not arch:
+        raise ValueError("the file holds no backbone: name it with --arch (vits8, dinov2_vitb14, ...)")
+    args = common.parse(module.arguments, module.PRESETS, ["--data", options.data, "--arch", arch])
+    args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
+    args.clusters, args.root, args.out = len(tensors["cluster.clusters"]), options.root, options.out
+    args.weights = str(folder / "backbone.pth") if backbone else options.weights
+    if method == "cause":
+        heads = {key: tensors.pop(key) for key in list(tensors) if key.startswith(("head.", "head_ema."))}
+        queries, size = heads.get("head.query_pos", torch.empty(0)), 322 if arch.endswith("14") else 320
+        args.head, args.size, args.eval_size = "tr" if len(queries) else "mlp", size, size
+        args.codes, args.projection_dim = len(tensors["codebook"]), len(tensors["projection.weight"])
+        if arch in ("vits8", "vits16"):
+            args.heads = 12                                                          # as the authors built DINO's ViT-S
+    model = module.Model(argparse.Namespace(**{**vars(args), "weights": "none"}))
+    if method == "cause":
+        module.load_published_head(heads, model.teacher)                             # takes head_ema. where it is
+        module.load_published_head({k: v for k, v in heads.items() if k.startswith("head.")}, model.student)
+        tensors |= {key: value for key, value in common.trained(model).items() if key.startswith(("teacher.", "student."))}
+    own = common.trained(model)
+    for key in own:
+        if key not in tensors and key.startswith(("head.mlp.", "project")):          # a linear head; HP's Z is not saved
+            tensors[key] = torch.zeros_like(own[key])
+        if key in tensors and tensors[key].numel() == own[key].numel():
+            tensors[key] = tensors[key].view_as(own[key])                            # 1x1 convolutions as matrices
+    tensors = {key: value for key, value in tensors.items() if key in own}
+    common.load_trained(model, tensors, ", ".join(files))
+    folder.mkdir(parents=True, exist_ok=True)
+    if backbone:
+        common.save(backbone, folder / "backbone.pth")
+        common.load_backbone(arch, args.weights)                                     # complete, or one line says what not
+    common.write(folder / "args.json", json.dumps(vars(args), indent=1).encode())
+    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0, "state": {},
+                 "rng": common.get_rng()}, folder / "last.pt")
+    print(f"wrote {folder}; score it with: python eval.py {folder} --root DIR --flip --crf")
+    return 0
+
+
 # ---------------------------------------------------------------- your own pictures
 
 def list_inputs(paths, out):
@@ -1134,6 +1253,9 @@ def arguments():
                    "neighbouring images confuse: judges a backbone without training")
     g.add_argument("--pr-curve", action="store_true", help="precision and recall of correspondences as predictors of "
                    "the same class, backbone and trained head")
+    g = p.add_argument_group("the authors' checkpoints")
+    g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"), help="turn a published checkpoint into the run "
+                   "folder --out: stego FILE, hp FILE, or cause SEGMENT CLUSTER; with --data, for cause --arch")
     g = p.add_argument_group("backbone, machine")
     g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
     g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay at training")
@@ -1146,6 +1268,8 @@ def arguments():
 
 
 def run(options):
+    if options.official:
+        return import_official(options)
     if not options.runs and not options.arch:
         raise ValueError("give a run folder, or --arch and --data for a raw backbone; python eval.py --help")
     if options.runs and options.arch:
