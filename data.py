@@ -95,7 +95,8 @@ def read_ids(path):
 def upright_size(path):
     """-> (width, height) of an image file after its EXIF rotation, from its header alone."""
     with Image.open(path) as image:
-        return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        exif = Image.Image.getexif(image)                       # that of PngImageFile decodes the whole image
+        return image.size[::-1] if exif.get(0x0112, 1) > 4 else image.size
 
 
 def fit(image, size, protocol, multiple, how):
@@ -499,8 +500,8 @@ def folder(root, split, seed):
     labels_at = next((at for at in (root / "labels", root.parent / "labels") if at.is_dir()), root / "labels")
     labels = {os.path.splitext(name)[0]: str(labels_at / name) for name in list_images(labels_at)}
     pairs, skipped = {}, []
-    for name in list_images(root, skip=("labels",)):
-        path, stem = str(root / name), os.path.splitext(name)[0]
+    for name in tqdm(list_images(root, skip=("labels",)), "headers", delay=2, disable=None):
+        path, stem = f"{root}{os.sep}{name}", os.path.splitext(name)[0]
         label = labels.get(stem) or labels.get(stem.partition(os.sep)[2])      # images/a.jpg has labels/a.png
         try:
             w, h = upright_size(path)
@@ -528,8 +529,8 @@ def folder(root, split, seed):
         classes = [f"class {k}" for k in range(largest + 1)]
     chosen, listed = list(pairs), root / f"{split}.txt"
     if listed.is_file():
-        bad = {path for path, _ in skipped}
-        chosen = [name for name in map(os.path.normpath, read_lines(listed)) if str(root / name) not in bad]
+        bad = {os.path.relpath(path, root) for path, _ in skipped}
+        chosen = [name for name in map(os.path.normpath, read_lines(listed)) if name not in bad]
         missing = [name for name in chosen if name not in pairs]
         if missing or not chosen:
             what = f"{missing[0]}, which is not there" if missing else "no image"
@@ -537,7 +538,7 @@ def folder(root, split, seed):
     elif split != "all" and len(pairs) > 1:                     # a single image is both train and val
         order, val = np.random.default_rng(seed).permutation(len(pairs)), max(1, len(pairs) // 10)
         chosen = [chosen[k] for k in sorted(order[:val] if split == "val" else order[val:])]
-    return [str(root / name) for name in chosen], [pairs[name] for name in chosen], classes, skipped
+    return [f"{root}{os.sep}{name}" for name in chosen], [pairs[name] for name in chosen], classes, skipped
 
 
 def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, protocol=None, seed=0,
