@@ -475,6 +475,8 @@ def train(args):
         cluster_optimizer.step()
         step_linear(model, linear, linear_optimizer)
         run.mark("probes")
+    if args.probe == "kmeans" and not args.bench:
+        eval.refit_clusters(run, model, images)
     return eval.finish(run, model, images, val)
 
 
@@ -491,7 +493,7 @@ def step_linear(model, loss, optimizer):
 
 PRESETS = {      # steps as one of four unsynchronised processes took them: epoch = crops / 4 / 16
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000, codebook_steps=400,
-                    probe_steps=400, batch_size=16, lr=4e-3, probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048,
+                    probe_steps=400, probe="modularity", batch_size=16, lr=4e-3, probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048,
                     bank_slots=100, window=4, thresholds=(0.3, 0.1), code_dim=90, projection_dim=2048),
     "scenes": dict(window=2, size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=200, probe_steps=200, codes=64,
                    bank_slots=50, projection_dim=512),
@@ -522,6 +524,8 @@ def arguments():
     g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="image side for scoring")
     g.add_argument("--crops", type=int, choices=[5, 10], help="train on crops of each image instead of the whole")
     g.add_argument("--codebook-steps", type=common.whole(1), help="steps of phase 1; one epoch in the paper")
+    g.add_argument("--probe", choices=["modularity", "kmeans"], help="clusters as published, by modularity within each "
+                   "image; or moved to K-means of the codes of all images, for scenes of few classes each")
     g.add_argument("--probe-steps", type=common.whole(1), help="steps of phase 3")
     g.add_argument("--probe-lr", type=float, help="learning rate of the cluster probe in phase 3")
     g.add_argument("--weight-decay", type=float, help="L2 in Adam; 1e-4, Cityscapes 0")
