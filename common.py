@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import pickle
 from pathlib import Path
 
 # ---------------------------------------------------------------- command line (before torch: --help answers at once)
@@ -934,6 +935,7 @@ FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(po
 
 META = "https://dl.fbaipublicfiles.com/"
 IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
+V3_PAGE = "https://github.com/facebookresearch/dinov3 after accepting its licence: "
 ARCHS = {  # name: (address, bytes, sha256 or its first digits); None: not published
     "dct8": None,
     "vits16": (META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None, None),
@@ -965,11 +967,10 @@ ARCHS = {  # name: (address, bytes, sha256 or its first digits); None: not publi
     "msn_vitb16": (META + "msn/vitb16_600ep.pth.tar", None, None),
     "mae_vitb16": (META + "mae/pretrain/mae_pretrain_vit_base.pth", None, None),
     # not to be had by a plain address: Google Drive asks back, DINOv3 wants its licence accepted first
-    "selfpatch_vits16": ("https://drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw", None, None),
-    "dinov3_vits16": ("https://github.com/facebookresearch/dinov3 (dinov3_vits16_pretrain_lvd1689m-08c60483.pth)", None, "08c60483"),
-    "dinov3_vits16plus": ("https://github.com/facebookresearch/dinov3 (dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth)",
-                          None, "4057cbaa"),
-    "dinov3_vitb16": ("https://github.com/facebookresearch/dinov3 (dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth)", None, "73cec8be"),
+    "selfpatch_vits16": "https://drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw",
+    "dinov3_vits16": V3_PAGE + "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+    "dinov3_vits16plus": V3_PAGE + "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
+    "dinov3_vitb16": V3_PAGE + "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
 }
 
 
@@ -1009,28 +1010,105 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     return backbone.requires_grad_(False).eval()
 
 
+# ---------------------------------------------------------------- reading weights
+
+class Inert:
+    """Stands for every Python object pickled beside the tensors of a checkpoint: it keeps its state and does nothing."""
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    extend = update = append
+
+
+# what trainers leave in checkpoints (options, callbacks, counters); a file that names anything else is refused
+HARMLESS = re.compile(r"(argparse|collections|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch|torchmetrics|"
+                      r"typing)\..+|(builtins|__builtin__)\.(bool|complex|dict|float|frozenset|int|list|object|set|str|tuple)")
+
+
+def read_tensors(path):
+    """What a published checkpoint holds, tensors and plain values; objects of trainers come as Inert, nothing is run.
+
+    Reads torch.save's files (weights_only=True always) and safetensors. Raises FileNotFoundError or ValueError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}" + (" (it is a directory)" if path.is_dir() else ""))
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not isinstance(error, pickle.UnpicklingError) or "WeightsUnpickler" not in str(error) \
+                and "Unsupported global" not in str(error):
+            raise ValueError(f"{path} is no file of weights that torch can read ({type(error).__name__}); "
+                             "it may be damaged, or a page saved instead of the file") from None
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                                             # files from before torch 1.6 are no zip archives
+        raise ValueError(f"{path} holds Python objects beside its tensors, in torch's old format; nothing was run. Save "
+                         "its tensors alone to use it") from None
+    alien = [name for name in names if not HARMLESS.fullmatch(name)]
+    if alien:
+        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; refused, nothing was run")
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read without running the objects in it ({type(error).__name__}); refused") \
+            from None
+
+
+def read_safetensors(path):
+    """8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the data, all little-endian."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    raw, tensors = path.read_bytes(), {}
+    start = 8 + int.from_bytes(raw[:8], "little")
+    try:
+        header = json.loads(raw[8:start])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                if not 0 <= first <= last <= len(raw) - start:
+                    raise ValueError
+                data = torch.frombuffer(bytearray(raw[start + first:start + last]), dtype=kinds[entry["dtype"]])
+                tensors[name] = data.reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
+        raise ValueError(f"{path} is no whole safetensors file of floating-point weights") from None
+    return tensors
+
+
 # names of timm and of the transformers library -> DINO's, one after the other
 RENAME = [(re.compile(a), b) for a, b in (
-    (r"^(module|_orig_mod)\.", ""), (r"^embeddings\.", ""),
-    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."), (r"^position_embeddings$", "pos_embed"),
-    (r"^(reg_token|storage_tokens)$", "register_tokens"), (r"^rope_embed\.periods$", "periods"),
-    (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # training files of DINOv2 hold blocks in chunks
-    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."),
-    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, of which it is the longer form
+    (r"^embeddings\.", ""), (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^position_embeddings$", "pos_embed"), (r"^(reg_token|storage_tokens)$", "register_tokens"),
+    (r"^rope_embed\.periods$", "periods"), (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # training files of DINOv2 hold the blocks in chunks
+    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."), (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, which it contains
     (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"\.gamma_(\d)$", r".ls\1.gamma"))]
-GATED = {"gate_proj": "w1", "up_proj": "w2", "fc1_g": "w1", "fc1_x": "w2", "down_proj": "w3", "fc2": "w3"}
 PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
+GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3", "fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
 # what published files hold beside the backbone: mask tokens, heads, decoders, prototypes
 DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|classifier|projection_head|"
                   r"prototypes)(\.|$)")
 
 
-def flat_tensors(content):
-    """The tensors of the backbone in a published checkpoint under its own names: wrappers and common prefixes gone."""
+def backbone_tensors(content):
+    """The tensors of the backbone in a checkpoint: out of their wrapper, without common prefixes, heads dropped."""
     for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -1038,39 +1116,143 @@ def flat_tensors(content):
     state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.", "dinov2.",
                    "dinov2_with_registers.", "dinov3_vit."):
-        inside = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-        if inside and not any(k.startswith("layer.") for k in inside):   # transformers' DINOv3 has model.layer.N beside embeddings
+        inside = {k[len(prefix):]: v for k, v in state.items() if str(k).startswith(prefix)}
+        if inside and not any(k.startswith("layer.") for k in inside):   # (model.layer.N of transformers' DINOv3 stays)
             state = inside
-    return state
+    return {str(k): v for k, v in state.items() if not DROP.match(str(k))}
 
 
-def to_dino_names(state, model):
-    """timm's or the transformers library's names of a ViT -> DINO's, with q, k, v in one matrix as `model` wants it."""
-    wanted, out = model.state_dict(), {}
-    table = model.position != "rotary" and "reg_token" in state and state["pos_embed"]
+def dino_names(state, model):
+    """Tensors of a ViT in the names of timm, the transformers library or the authors -> those of `model`."""
+    mlp = GATED if any(".w1." in name for name, _ in model.named_parameters()) else PLAIN
+    out = {}
     for name, tensor in state.items():
-        for pattern, by in RENAME:
-            name = pattern.sub(by, name)
-        gate = GATED if "blocks.0.mlp.w1.weight" in wanted else PLAIN
-        out[re.sub(r"(?<=\.mlp\.)(\w+)(?=\.)", lambda m: gate.get(m[0], m[0]), name)] = tensor
+        for pattern, ours in RENAME:
+            name = pattern.sub(ours, name)
+        out[re.sub(r"(?<=\.mlp\.)\w+", lambda m: mlp.get(m[0], m[0]), name)] = tensor
+    out = {k: v for k, v in out.items() if not DROP.match(k)}
+    if "reg_token" in state and "pos_embed" in out:               # timm has added the class token's position to the token
+        out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
+    for i in range(len(model.blocks)):
+        at = f"blocks.{i}.attn."
+        for kind in ("weight", "bias"):
+            parts = {x: out.pop(f"{at}{x}.{kind}") for x in "qkv" if f"{at}{x}.{kind}" in out}
+            if parts:                                             # DINOv3's keys have no bias, and some files leave it out
+                zero = torch.zeros_like(next(iter(parts.values())))
+                out[f"{at}qkv.{kind}"] = torch.cat([parts.get(x, zero) for x in "qkv"])
+        if model.position == "rotary":
+            bias = out.get(at + "qkv.bias", torch.zeros(3 * model.dim)).clone()
+            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)             # NaN: never filled in, no mask
+            bias[model.dim:2 * model.dim] = 0
+            out[at + "qkv.bias"] = bias
+    if model.position == "rotary":
+        out.setdefault("periods", model.periods)                  # the authors' files hold them rounded to bf16
     return out
 
 
-def load_weights(backbone, path, arch):
-    """Fill a backbone from a file with the authors' own names."""
+def traits(state):
+    """What tells architectures apart, read from a state dict in DINO's or torchvision's names."""
+    shape = {k: tuple(v.shape) for k, v in state.items()}
+    conv = shape.get("patch_embed.proj.weight", ())
+    if len(conv) != 4:
+        return {"kind": "ResNet" if "layer1.0.conv1.weight" in shape else "neither ViT nor ResNet"}
+    return {"kind": "ViT", "width": conv[0], "patch": conv[3],
+            "blocks": len({k.split(".")[1] for k in shape if k.startswith("blocks.")}),
+            "class token": "cls_token" in shape, "registers": (*shape.get("register_tokens", ()), 0, 0)[1],
+            "position table": (*shape.get("pos_embed", ()), 0, 0)[1], "LayerScale": any("ls1." in k for k in shape),
+            "SwiGLU": any(".mlp.w1." in k for k in shape), "final norm": "norm.weight" in shape}
+
+
+def load_weights(model, path, arch):
+    """Fill `model` from a file in any published layout, completely or not at all: ValueError names what differs."""
+    state, wanted = backbone_tensors(read_tensors(path)), model.state_dict()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no weights file {path}") from None
-    state = {k: v.float() for k, v in flat_tensors(content).items() if not DROP.match(k)}
-    own = backbone.state_dict()
-    for key in sorted(set(own) ^ set(state)):
-        raise ValueError(f"{path} does not hold {arch}: {key} is {'missing' if key in own else 'too much'}")
-    for key in own:
-        if own[key].shape != state[key].shape:
-            raise ValueError(f"{path} does not hold {arch}: {key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
-    backbone.load_state_dict(state)
+        state = dino_names(state, model) if isinstance(model, ViT) else state
+    except RuntimeError:                                          # q, k and v that do not fit together
+        raise ValueError(f"{path} does not fit {arch}: its attention matrices have other shapes") from None
+    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
+    wrong = [f"no {k}" for k in wanted if k not in state and k not in optional] + [f"unknown {k}" for k in state if k not in wanted]
+    wrong += [f"{k} is {'x'.join(map(str, v.shape))} instead of {'x'.join(map(str, wanted[k].shape))}"
+              for k, v in state.items() if k in wanted and v.shape != wanted[k].shape]
+    if wrong:
+        ours, theirs = traits(wanted), traits(state)
+        other = [f"{k} {theirs[k]} instead of {v}" for k, v in ours.items() if k in theirs and theirs[k] != v]
+        keys = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(f"{path} does not fit {arch}: {', '.join(other + [keys])}")
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or name not in optional and not (
+                tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ValueError(f"{path} is no trained {arch}: {name} is not made of finite floating-point numbers")
+    model.load_state_dict({**{k: wanted[k] for k in optional}, **state}, strict=True)       # fp16 becomes float32 here
+
+
+# ---------------------------------------------------------------- downloads
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def published(arch):
-    raise FileNotFoundError(f"give the weights of {arch} with --weights FILE; they come from {ARCHS[arch][0]}")
+    """The authors' file in torch hub's cache, downloaded on first use, its sha256 checked on every use.
+
+    Where no sha256 is published, the one of the first download is kept beside the file in NAME.sha256.
+    """
+    if isinstance(ARCHS[arch], str):
+        raise ValueError(f"the weights of {arch} cannot be fetched for you: get them from {ARCHS[arch]} and give --weights FILE")
+    url, size, sha256 = ARCHS[arch]
+    name = url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (f"{arch}_{name}" if name.startswith("checkpoint") else name)
+    note = path.with_name(path.name + ".sha256")
+    if not path.exists():
+        try:
+            download(url, path, sha256, size)
+        except OSError as error:
+            raise OSError(f"{error}; for {arch} put the file at {path} or give --weights FILE") from None
+    digest, first = sha256_of(path), note.read_text().strip() if note.exists() else sha256 or ""
+    if not digest.startswith(first):
+        raise ValueError(f"{path} is not the file it should be (sha256 {digest[:8]}..., not {first[:8]}...); delete it "
+                         f"{'and ' + note.name if note.exists() else ''} to fetch it again".replace("  ", " "))
+    if not note.exists():
+        note.write_text(digest + "\n")
+    return path
+
+
+def download(url, path, sha256=None, size=None):
+    """Fetch `url` to `path`, going on where a killed download ended (PATH.part). The file appears under its name only
+    when its length (`size` in bytes, or what the server says) and its sha256 (or the first digits of it) are right.
+    Raises OSError with one line."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                          # the processes of one run wait for the first
+        if path.exists():
+            return
+        have = file.tell()
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                if reply.status != 206:                           # the server starts from the beginning
+                    file.truncate(have := 0)
+                length = reply.headers.get("Content-Length")
+                total = have + int(length) if length else size
+                with tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
+                    while block := reply.read(1 << 20):
+                        bar.update(file.write(block))
+        except urllib.error.HTTPError as error:
+            if error.code == 416:                                 # nothing follows what is there: it is no part of this file
+                part.unlink()
+            raise OSError(f"{url} answers {error.code} {error.reason}" + (", try again" * (error.code == 416))) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"{url} cannot be fetched ({getattr(error, 'reason', error)})") from None
+        file.flush()
+        have = part.stat().st_size
+        if have < (size or total or 0):
+            raise OSError(f"{url} ended after {have} of {size or total} bytes; run it again to go on from there")
+        with open(part, "rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        if size and have != size or sha256 and not digest.startswith(sha256):
+            part.unlink()
+            raise OSError(f"{url} gave another file than the published one ({have} bytes, sha256 {digest[:8]}...)")
+        os.replace(part, path)
