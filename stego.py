@@ -1,0 +1,298 @@
+"""STEGO: unsupervised semantic segmentation by distilling feature correspondences (Hamilton et al., ICLR 2022).
+
+A small head on frozen patch features learns a code whose patch-to-patch cosines follow those of the features, sharpened:
+above a shift b pairs attract, below it they repel. Pairs come from an image and itself, from one of its 7 nearest
+neighbours, and from random other images. Clusters are found by K-means on the codes; a linear probe is trained beside.
+No label reaches head or clusters.
+
+    python stego.py                                        # generated scenes, no download, about a minute
+    python stego.py --data coco27 --root data/cocostuff --arch vitb8                 # paper: 26.8 mIoU without CRF, not run here
+    python stego.py --data photos/ --arch vits8 --auto-shift                         # new data: shifts are found, not given
+    python stego.py --plot-correspondence photo.jpg other.jpg --arch vits8           # figure 2 of the paper
+"""
+import common                                              # first: it answers --help before torch is loaded
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import eval
+from eval import ClusterProbe, LinearProbe
+
+# Letters: B images, h w patches, N = h * w, D backbone width, K code width (70), S x S sampled points (11 x 11), C clusters.
+
+
+# ---------------------------------------------------------------- model
+
+class Head(nn.Module):
+    """Features (B,D,h,w) -> code (B,K,h,w): a linear branch plus a two-layer branch, each behind its own dropout."""
+
+    def __init__(self, D, K):
+        super().__init__()
+        self.linear = nn.Conv2d(D, K, 1)
+        self.mlp = nn.Sequential(nn.Conv2d(D, D, 1), nn.ReLU(), nn.Conv2d(D, K, 1))
+
+    def forward(self, feats):
+        return self.linear(drop(feats, self.training)) + self.mlp(drop(feats, self.training))
+
+
+def drop(x, training=True):
+    """Dropout of whole channels of (B,C,h,w), 10 % per image (A.10)."""
+    return common.dropout(x, 0.1, training, channels=True)
+
+
+class Model(nn.Module):
+    """Images (B,3,H,W) -> code (B,K,h,w), with the probes `.linear` and `.cluster`."""
+
+    alpha = 2                                                     # the CRF gets log-softmax(2 * cosine)
+
+    def __init__(self, args):
+        super().__init__()
+        self.backbone = common.load_backbone(args.arch, args.weights, args.depth)
+        self.head = Head(self.backbone.dim, args.code_dim)
+        self.linear = LinearProbe(args.code_dim, args.classes) if args.classes else None
+        self.cluster = ClusterProbe(args.code_dim, args.clusters)
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+# ---------------------------------------------------------------- loss
+
+def sample(t, coords):
+    """t (B,C,h,w) at coords (B,S,S,2) in [-1,1], last axis (x,y) -> (B,C,S,S), bilinear; -1 and 1 are patch centres.
+
+    out[b,:,i,j] is taken at coords[b,j,i], as in the published code; for random points the order means nothing.
+    """
+    return F.grid_sample(t, coords.transpose(1, 2), padding_mode="border", align_corners=True)
+
+
+def correlation(a, b):
+    """Cosines between all positions of a (B,C,h,w) and of b (B,C,i,j): (B,h,w,i,j), eq. 1."""
+    return torch.einsum("bchw,bcij->bhwij", F.normalize(a, dim=1, eps=1e-10), F.normalize(b, dim=1, eps=1e-10))
+
+
+def correlation_loss(feat_a, feat_b, code_a, code_b, shift, pointwise=True, zero_clamp=True, stabilize=False):
+    """Eq. 4 for maps sampled at S x S points, features (B,D,S,S), codes (B,K,S,S) -> scalar.
+
+    A mean where the paper sums. pointwise: spatial centring, eq. 3. zero_clamp: codes that are already orthogonal are
+    not pushed further. stabilize: codes closer than 0.8 are not pulled further. No gradient reaches the features.
+    """
+    with torch.no_grad():
+        f = correlation(feat_a, feat_b)                                                      # (B,S,S,S,S)
+        if pointwise:
+            # The published code adds the mean of all pairs back (over all processes here), so that a shift keeps its
+            # meaning; eq. 3 alone would centre every row at zero.
+            mean = common.reduce_sum(f.mean()) / common.world()
+            f = f - f.mean((3, 4), keepdim=True) + mean
+    s = correlation(code_a, code_b)
+    s = s.clamp(0.0 if zero_clamp else -9999.0, 0.8 if stabilize else None)
+    return -(s * (f - shift)).mean()
+
+
+def shifted_permutation(permutation):
+    """(n,) -> (n,): an element at its own place moves on by one, so no image meets itself. May hold repeats."""
+    n = len(permutation)
+    return (permutation + (permutation == torch.arange(n, device=permutation.device))) % n
+
+
+def terms(feats, feats_pos, code, code_pos, coords, coords_pos, permutations, shifts, **form):
+    """The three terms of eq. 5 and the mean code cosine of each kind of pair: (self, knn, rand), (self, knn, rand).
+
+    feats (b,D,h,w), code (b,K,h,w) of this process's images, feats_pos, code_pos of a neighbour of each; coords (b,S,S,2);
+    permutations: each (B,) over the global batch. The paper draws one random partner per image, the published code five.
+    """
+    fa, ca = sample(feats, coords), sample(code, coords)
+    fb, cb = sample(feats_pos, coords_pos), sample(code_pos, coords_pos)
+    pairs = [(fa, ca, shifts[0]), (fb, cb, shifts[1])]
+    all_feats, all_code = common.gather(feats), common.gather(code)
+    own = slice(common.rank() * len(feats), (common.rank() + 1) * len(feats))
+    for permutation in permutations:
+        other = permutation[own]
+        pairs.append((sample(all_feats[other], coords_pos), sample(all_code[other], coords_pos), shifts[2]))
+    losses = torch.stack([correlation_loss(fa, f, ca, c, b, **form) for f, c, b in pairs])
+    cosines = torch.stack([mean_cosine(ca, c) for _, c, _ in pairs])
+    return (*losses[:2], losses[2:].mean()), torch.stack([*cosines[:2], cosines[2:].mean()])
+
+
+@torch.no_grad()
+def mean_cosine(a, b):
+    """Mean of correlation(a, b): the mean of all dot products is the dot product of the means."""
+    a, b = (F.normalize(x, dim=1, eps=1e-10).mean((2, 3)) for x in (a, b))
+    return (a * b).sum(1).mean()
+
+
+def crf_loss(image, code, points=1000):
+    """Contrastive CRF of appendix A.9: pixels alike in place and colour get alike codes. Off by default, as published.
+
+    image (B,3,H,W) normalised, code (B,K,h,w) -> scalar. On a 56 x 56 grid: kernel of eq. 15 with a = 10, b = 3 and
+    variances 0.5 (place, in pixels), 0.15 (colour) and 0.05 (place alone), the values of the published code.
+    """
+    image, code = (F.interpolate(x, (56, 56), mode="bilinear") for x in (image, code))
+    at = (common.rand_rows(len(image), points, device=image.device) * 56 * 56).long()        # (B,P)
+    place = torch.stack([at // 56, at % 56], 1).float()                                      # (B,2,P)
+    colour = image.flatten(2).gather(2, at[:, None].expand(-1, 3, -1))
+    code = F.normalize(code.flatten(2).gather(2, at[:, None].expand(-1, code.shape[1], -1)), dim=1)
+    dp, di = (torch.cdist(x.mT, x.mT).square() for x in (place, colour))                     # (B,P,P)
+    kernel = 10 * torch.exp(-dp / (2 * 0.5) - di / (2 * 0.15)) + 3 * torch.exp(-dp / (2 * 0.05))
+    return -(kernel * (code.mT @ code)).mean()
+
+
+# ---------------------------------------------------------------- training
+
+class Pairs(torch.utils.data.Dataset):
+    """Items of `images` with one of their nearest neighbours (n,1+k): "positive" and "positive_index"."""
+
+    def __init__(self, images, neighbors):
+        self.images, self.neighbors = images, neighbors
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        j = self.neighbors[i, torch.randint(1, self.neighbors.shape[1], ())].item()
+        item, other = self.images[i], self.images[j]
+        return {**item, "positive": other["image"], "positive_index": j, "error": item["error"] or other["error"]}
+
+
+def nearest_neighbors(features, k):
+    """Features (n,D) -> (n,k) indices by cosine, itself first. Memory: a unit copy of the features and 2^26 cosines.
+
+    With fewer than k images the neighbours repeat; a single image is its own neighbour.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    n, found = len(unit), []
+    for rows in torch.arange(n, device=unit.device).split(max(1, 2 ** 26 // n)):
+        cosine = unit[rows] @ unit.T
+        cosine[torch.arange(len(rows), device=unit.device), rows] = 2                        # first, even among copies
+        found.append(cosine.topk(min(k, n), dim=1).indices)
+    found = torch.cat(found)
+    if k > n:
+        found = torch.cat([found[:, :1], found[:, min(1, n - 1):].repeat(1, k)], 1)[:, :k]
+    return found
+
+
+def neighbors_of(run, features, backbone, images, k):
+    """Nearest neighbours (n,1+k) of every image by its mean feature, kept on the disk under everything they depend on.
+
+    The published code computes them with dropout switched on by accident; these are without.
+    """
+    if run.args.bench:                                            # which neighbours does not change the time of a step
+        return torch.randint(len(images), (len(images), 1 + k))
+    file = run.folder.parent / "cache" / f"neighbors-{common.fingerprint(backbone, images)}-{k}.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    pooled = torch.zeros(len(images), backbone.dim, device=run.device)
+    for items in eval.batches(images, 16, run.args.workers, "neighbours"):
+        index = torch.tensor([item["index"] for item in items])
+        pooled[index.to(run.device)] = features(torch.stack([item["image"] for item in items]).to(run.device),
+                                                index).mean((2, 3))
+    neighbors = nearest_neighbors(common.reduce_sum(pooled), 1 + k).cpu()
+    if run.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        common.save(neighbors, file)
+    return neighbors
+
+
+def train(args):
+    if args.plot_correspondence:
+        return plot_correspondence(args)
+    if args.crf_weight and args.cache_features:
+        raise ValueError("--crf-weight compares colours, which --cache-features does not keep; drop one of the two")
+    run = common.Run("stego", args)
+    images = data.load(args.data, args.root, "train", size=args.size, crops=5 if args.five_crop else None,
+                       protocol=args.protocol)
+    val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
+    args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
+    model = Model(args).to(run.device)
+    features = run.features(model.backbone, images)
+    pairs = Pairs(images, neighbors_of(run, features, model.backbone, images, args.neighbors))
+
+    optimizer = torch.optim.Adam([{"params": model.head.parameters(), "lr": args.lr},
+                                  {"params": model.cluster.parameters()},
+                                  {"params": model.linear.parameters() if model.linear else []}], args.probe_lr)
+    shifts = torch.tensor([args.shift_self, args.shift_knn, args.shift_rand], device=run.device)
+    form = dict(pointwise=args.centering, zero_clamp=args.zero_clamp, stabilize=args.stabilize)
+    for step, batch in run.steps("head", args.steps, pairs, model=model, optimizer=optimizer, shifts=shifts):
+        both = features(torch.cat([batch["image"], batch["positive"]]),
+                        torch.cat([batch["index"], batch["positive_index"]]))
+        feats, feats_pos = both.chunk(2)                                                     # (B,D,h,w) each
+        run.mark("backbone")
+        code, code_pos = model.head(feats), model.head(feats_pos)                            # (B,K,h,w)
+        coords, coords_pos = (2 * common.rand_rows(len(feats), args.points, args.points, 2, device=run.device) - 1
+                              for _ in range(2))
+        size = len(feats) * run.world
+        permutations = [shifted_permutation(torch.randperm(size, device=run.device)) for _ in range(args.negatives)]
+        (own, knn, rand), cosines = terms(drop(feats), drop(feats_pos), code, code_pos, coords, coords_pos,
+                                          permutations, shifts, **form)
+        loss = args.weight_self * own + args.weight_knn * knn + args.weight_rand * rand      # eq. 5
+        if args.crf_weight:
+            loss = loss + args.crf_weight * crf_loss(batch["image"], code)
+        run.mark("head and loss")
+        cluster, _ = model.cluster(code)
+        linear = eval.linear_loss(model.linear(code.detach()), batch["label"]) if model.linear else loss.new_zeros(())
+        run.mark("probes")
+        cosines = common.reduce_sum(cosines) / run.world
+        if not run.finite(batch, loss=loss, own=own, knn=knn, rand=rand, cluster=cluster, linear=linear,
+                          **dict(zip(("cosine_self", "cosine_knn", "cosine_rand"), cosines)),
+                          **dict(zip(("shift_self", "shift_knn", "shift_rand"), shifts))):
+            continue
+        optimizer.zero_grad(set_to_none=True)
+        (loss + cluster + linear).backward()
+        common.average_gradients(model)
+        optimizer.step()
+        if args.auto_shift:
+            adjust(shifts, cosines, step / args.steps)
+        run.mark("backward and optimizer")
+    if args.probe == "kmeans" and not args.bench:
+        eval.refit_clusters(run, model, images)
+    return eval.finish(run, model, images, val)
+
+
+# ---------------------------------------------------------------- command line
+
+def three(self, knn, rand, prefix):
+    return {f"{prefix}_self": self, f"{prefix}_knn": knn, f"{prefix}_rand": rand}
+
+
+PRESETS = {
+    "default": dict(size=224, eval_size=320, five_crop=False, steps=5000, batch_size=16, lr=5e-4, probe_lr=5e-3,
+                    code_dim=70, neighbors=7, points=11, negatives=5, auto_shift=True, probe="online",
+                    weight_self=0.67, weight_knn=0.25, weight_rand=0.63, shift_self=0.08, shift_knn=0.02, shift_rand=0.46),
+    "scenes": dict(size=96, eval_size=96, steps=400, auto_shift=False, probe="kmeans"),
+    "camvid": dict(five_crop=True, eval_size=336, steps=1000, auto_shift=False, probe="kmeans",
+                   weight_self=0.5, weight_knn=0.5, weight_rand=0.5, shift_self=0.3, shift_knn=0.3, shift_rand=0.6),
+    "smoke": dict(steps=10, batch_size=4),
+}
+
+
+def arguments():
+    p = common.parser(__doc__)
+    g = p.add_argument_group("STEGO")
+    g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="image side for scoring")
+    g.add_argument("--code-dim", type=common.whole(1), help="width K of the code")
+    g.add_argument("--neighbors", type=common.whole(1), help="the partner of an image is drawn from so many nearest ones")
+    g.add_argument("--points", type=common.whole(1), help="S: codes are compared at S x S random points of an image")
+    g.add_argument("--negatives", type=common.whole(1), help="random partners of an image in a step")
+    g.add_argument("--probe-lr", type=float, help="learning rate of both probes")
+    g.add_argument("--probe", choices=["online", "kmeans"], help="cluster centres: learned beside the head as published, or "
+                   "K-means on the final codes of the train split, which keeps small classes")
+    g.add_argument("--auto-shift", action=argparse.BooleanOptionalAction, help="find the three shifts while training")
+    for name, what in (("self", "an image with itself"), ("knn", "neighbours"), ("rand", "random pairs")):
+        g.add_argument(f"--shift-{name}", type=float, help=f"b for {what}: higher pushes more pairs apart")
+        g.add_argument(f"--weight-{name}", type=float, help=f"lambda for {what}")
+    g.add_argument("--crf-weight", type=float, default=0.0, help="weight of the contrastive CRF term; 0 as published")
+    g.add_argument("--plot-correspondence", nargs="+", metavar="IMAGE")
+    g = p.add_argument_group("ablations of the paper")
+    g.add_argument("--five-crop", action=argparse.BooleanOptionalAction, help="train on five half-size crops of each image")
+    g.add_argument("--zero-clamp", action=argparse.BooleanOptionalAction, default=True, help="clamp")
+    g.add_argument("--centering", action=argparse.BooleanOptionalAction, default=True, help="eq. 3")
+    g.add_argument("--stabilize", action="store_true", help="cap")
+    return p
+
+
+if __name__ == "__main__":
+    common.main(arguments, PRESETS, train)
