@@ -281,7 +281,9 @@ def label_pixels(model, code, images, size, shape, crf=False):
             parts = (upsample(code[:, part], size, shape) for part in chunks(code.shape[1], size, 2 ** 24))
             length = sum(part.square().sum(1, keepdim=True) for part in parts).sqrt()
             logits = getattr(model, "alpha", 2) * logits / length.clamp(min=1e-12)
-        result[head] = dense_crf(rgb, logits.log_softmax(1)).argmax(1)
+        one = 1 if rgb.device.type == "cpu" else len(rgb)                            # a CPU's cache holds one image
+        result[head] = torch.cat([dense_crf(a, b).argmax(1) for a, b in
+                                  zip(rgb.split(one), logits.log_softmax(1).split(one))])
     return result
 
 
