@@ -411,7 +411,7 @@ def train(args):
         bank.added.fill_(args.bank_slots)
     trained = [*model.student.parameters(), *model.projection.parameters()]
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay)
-    linear_optimizer = torch.optim.Adam(model.linear.parameters(), args.lr) if model.linear else None
+    linear_optimizer = torch.optim.Adam(model.linear.parameters(), args.probe_lr) if model.linear else None
     for step, batch in run.steps("head", args.steps, images, model=model, bank=bank, optimizer=optimizer,
                                  **({"linear_optimizer": linear_optimizer} if model.linear else {})):
         feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
@@ -495,7 +495,7 @@ PRESETS = {      # steps as one of four unsynchronised processes took them: epoc
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000, codebook_steps=400,
                     probe_steps=400, probe="modularity", batch_size=16, lr=4e-3, probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048,
                     bank_slots=100, window=4, thresholds=(0.3, 0.1), code_dim=90, projection_dim=2048),
-    "scenes": dict(window=2, size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=200, probe_steps=200, codes=64,
+    "scenes": dict(window=2, probe="kmeans", thresholds=(0.7, 0.3), lr=1e-3, size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=150, probe_steps=100, codes=64,
                    bank_slots=50, projection_dim=512),
     "camvid": dict(size=224, codebook_size=224, eval_size=336, steps=1000, codebook_steps=400, probe_steps=400),
     # 49,629 curated images x 5 crops; the paper's 320 px at test time, and at training time for the codebook and TR
