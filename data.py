@@ -575,7 +575,7 @@ def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, p
     if name == "folder":
         paths, labels, names, skipped = folder(root, split, seed)
         if skipped and split != "val":                          # train and val skip the same files
-            say(f"{root}: {len(skipped)} unreadable images skipped, first {': '.join(skipped[0])}")
+            say(f"{root}: skipped as unreadable: {len(skipped)}, first {': '.join(skipped[0])}")
         options["skipped"] = skipped
         return Images(root.resolve().name, split, paths, labels, names, colours(len(names)), **options)
     data = SETS[name]
@@ -687,7 +687,7 @@ def extract(archive, folder):
                     shutil.copyfileobj(packed, file)
                 os.replace(part, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        raise OSError(f"{archive} cannot be unpacked ({error}); delete it and try again") from None
+        raise OSError(f"{archive} cannot be unpacked ({describe(error)}); delete it and try again") from None
 
 
 def curation_shares(path):
