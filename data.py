@@ -315,16 +315,15 @@ def colours(n, first=1):
 COCO27 = table(                                             # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
     "71-76", "77-82", "51-60", "61-70", "83-90", "43-50", "25-32", "15-24", "9-14", "0", "33-42", "1-8",
     "101,102", "100,113-117", "120,121,152,169", "97,106,107,109,111,122,129,132,155,160,164",
-    "99,131,138,142",
-    "91,92,103,104,108,130,136,140,151,166,167", "170-176", "179,180", "94,95,127,150,157,165",
-    "110,124,125,135,139,143,144,146,148,153,158", "93,96,118,123,128,133,141,162,168", "105,156",
-    "126,134,149,159,161,181", "98,112,137,145,163", "119,147,154,177,178")
+    "99,131,138,142", "91,92,103,104,108,130,136,140,151,166,167", "170-176", "179,180",
+    "94,95,127,150,157,165", "110,124,125,135,139,143,144,146,148,153,158", "93,96,118,123,128,133,141,162,168",
+    "105,156", "126,134,149,159,161,181", "98,112,137,145,163", "119,147,154,177,178")
 COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,
     sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,raw-material,textile,wall,window,building,ground,
     plant,sky,solid,structural,water""")
 COCO15 = np.where(COCO27 >= 12, COCO27 - 12, -1)                # the stuff half of the 27
 COCO3 = np.select([COCO27 == 23, COCO27 == 22, COCO27 == 21], [0, 1, 2], -1)
-ABSENT = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}               # ids of things that COCO never labelled
+ABSENT = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}           # ids of things that COCO never labelled
 THINGS = [str(i) for i in range(91) if i not in ABSENT]
 COCO81 = table("255", *THINGS, other=0)                      # 0: all stuff, and, as published, what is absent
 COCO81[255] = -1
@@ -350,8 +349,8 @@ CITY27_NAMES = words("""road,sidewalk,parking,rail track,building,wall,fence,gua
     polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,
     train,motorcycle,bicycle""")
 CITY27_COLOURS = rgb("""804080 f423e8 faaaa0 e6968c 464646 66669c be9999 b4a5b4 966464 96785a 999999 999999
-    faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e
-    000046 003c64 00005a 00006e 005064 0000e6 770b20""")
+    faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64 00005a
+    00006e 005064 0000e6 770b20""")
 CITY19 = table(*"7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split())
 CITY19_OF_27 = CITY27[CITY19 >= 0]                              # the 19 in terms of the 27
 
@@ -512,6 +511,8 @@ def folder(root, split, seed):
             raise ValueError("label {} has {}x{} pixels, its image {} has {}x{}; they must be equal"
                              .format(label, *upright_size(label), path, w, h))
         pairs[name] = label
+    if labels and not all(pairs.values()) and split != "val":
+        say(f"{labels_at}: {sum(map(bool, pairs.values())):,} of {len(pairs):,} images have a label there")
     if skipped and not pairs:
         raise FileNotFoundError(f"no image in {root}; {len(skipped)} unreadable: {': '.join(skipped[0])}")
     if not pairs:
@@ -527,14 +528,17 @@ def folder(root, split, seed):
                 raise ValueError(f"label {label} cannot be read: {describe(error)}") from None
             largest = max(largest, ids[ids < 255].max(initial=-1))
         classes = [f"class {k}" for k in range(largest + 1)]
-    chosen, listed = list(pairs), root / f"{split}.txt"
-    if listed.is_file():
-        bad = {os.path.relpath(path, root) for path, _ in skipped}
-        chosen = [name for name in map(os.path.normpath, read_lines(listed)) if name not in bad]
-        missing = [name for name in chosen if name not in pairs]
+    chosen, bad = list(pairs), {os.path.relpath(path, root) for path, _ in skipped}
+    lists = {file.stem: [name for name in map(os.path.normpath, read_lines(file)) if name not in bad]
+             for file in (root / "train.txt", root / "val.txt") if file.is_file()}
+    if split in lists:
+        chosen, missing = lists[split], [name for name in lists[split] if name not in pairs]
         if missing or not chosen:
             what = f"{missing[0]}, which is not there" if missing else "no image"
-            raise FileNotFoundError(f"{listed} names {what}")
+            raise FileNotFoundError(f"{root / split}.txt names {what}")
+    elif lists and split != "all":                            # the other list is given: what it does not name
+        other = {name for names in lists.values() for name in names}
+        chosen = [name for name in pairs if name not in other]
     elif split != "all" and len(pairs) > 1:                     # a single image is both train and val
         order, val = np.random.default_rng(seed).permutation(len(pairs)), max(1, len(pairs) // 10)
         chosen = [chosen[k] for k in sorted(order[:val] if split == "val" else order[val:])]
@@ -566,9 +570,9 @@ def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, p
         arrays = scenes(seed, split, count or (200 if split == "train" else 60), size)
         paths = [f"scenes/{split}/{i}" for i in range(len(arrays[0]))]
         return Images(name, split, paths, None, SCENE_NAMES, SCENE_COLOURS, arrays=arrays, **options)
-    help = f"; `python data.py {name} --root {root or 'DIR'}` says what belongs there" if name in SETS else ""
+    where = f"; python data.py {name} --root {root or 'DIR'} says what belongs there" if name in SETS else ""
     if root is None:
-        raise ValueError(f"{name} needs --root DIR, the directory that holds it{help}")
+        raise ValueError(f"{name} needs --root DIR, the directory that holds it{where}")
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{name}: no directory {root}")
@@ -584,9 +588,9 @@ def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, p
     except KeyError:
         raise ValueError(f"{name} has the splits train and val, not {split}") from None
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: {error}{help}") from None
+        raise FileNotFoundError(f"{name}: {error}{where}") from None
     if not paths:
-        raise FileNotFoundError(f"{name}: no image of split {split} in {root}{help}")
+        raise FileNotFoundError(f"{name}: no image of split {split} in {root}{where}")
     if split != "train" and None in labels:
         say(f"{name}: {labels.count(None):,} of {len(labels):,} images of split {split} have no label file")
     return Images(name, split, paths, labels, data.names, data.palette, data.table, **options)
