@@ -7,11 +7,14 @@ import argparse
 import ast
 import contextlib
 import difflib
+import fcntl
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -19,7 +22,8 @@ import signal
 import subprocess
 import sys
 import time
-import pickle
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 # ---------------------------------------------------------------- command line (before torch: --help answers at once)
@@ -1189,8 +1193,11 @@ def load_weights(model, path, arch):
 # ---------------------------------------------------------------- downloads
 
 def sha256_of(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def published(arch):
@@ -1250,8 +1257,7 @@ def download(url, path, sha256=None, size=None):
         have = part.stat().st_size
         if have < (size or total or 0):
             raise OSError(f"{url} ended after {have} of {size or total} bytes; run it again to go on from there")
-        with open(part, "rb") as whole:
-            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        digest = sha256_of(part)
         if size and have != size or sha256 and not digest.startswith(sha256):
             part.unlink()
             raise OSError(f"{url} gave another file than the published one ({have} bytes, sha256 {digest[:8]}...)")
