@@ -191,7 +191,7 @@ def crop(labels, box):
     return out
 
 
-def mask_views(crops, common_boxes, rectangles, protected_share, rng=None, protected=None):
+def mask_views(crops, common_boxes, rectangles, protected=None, rng=None):
     """Which regions turn into noise -> noise [(s,s) bool] per view, ids (n,) that stay common to all views.
 
     A region that a view's rectangle touches becomes noise in that view and is no region of any view; a random quarter
@@ -201,7 +201,7 @@ def mask_views(crops, common_boxes, rectangles, protected_share, rng=None, prote
     ids = np.unique(crops[0][y0:y1, x0:x1])
     ids = ids[ids >= 0]
     if protected is None:
-        protected = rng.choice(ids, int(protected_share * len(ids)), replace=False)
+        protected = rng.choice(ids, len(ids) // 4, replace=False)
     noise = []
     for labels, rectangle in zip(crops, rectangles):
         x0, y0, x1, y1 = np.clip(rectangle, 0, None)
@@ -237,8 +237,9 @@ class Views(torch.utils.data.Dataset):
         self.cache = None
         if args.regions == "slic" and images.protocol != "whole" and 2 * pixels < 2e9:
             self.cache = torch.full((len(images), args.size, args.size), -1, dtype=torch.int16).share_memory_()
-        self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2),
-                                  v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], args.blur)])   # as in SimCLR
+        c = args.colour                                            # SimCLR's distortion of this strength
+        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(0.8 * c, 0.8 * c, 0.8 * c, 0.2 * c)], 0.8),
+                                   v2.RandomGrayscale(0.2 * c), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], args.blur)])
 
     def __len__(self):
         return len(self.images)
@@ -270,7 +271,7 @@ class Views(torch.utils.data.Dataset):
         flipped = torch.rand(len(views)) < 0.5
         result = []
         for view, hidden, flip in zip(views, noise, flipped):
-            x = (self.colour(view) / 255 - data.MEAN) / data.STD
+            x = (self.distort(view) / 255 - data.MEAN) / data.STD
             x = torch.where(torch.from_numpy(hidden), torch.rand_like(x) * 2 - 1, x)           # after all augmentation
             result.append(x.flip(-1) if flip else x)
         regions = torch.stack([r.flip(-1) if flip else r for r, flip in zip(torch.from_numpy(regions), flipped)])
@@ -291,14 +292,14 @@ def make_views(picture, regions, rng, args):
     common_boxes = common_box - boxes[:, [0, 1, 0, 1]]
     crops = [crop(regions, box) for box in boxes]
     rectangles = [mask_rectangle(s, h, args.mask, rng.random(), *rng.vonmises(math.pi / 2, 2, 3)) for s in sizes]
-    noise, ids = mask_views(crops, common_boxes, rectangles, 0.25, rng)
+    noise, ids = mask_views(crops, common_boxes, rectangles, rng=rng)
     labels = resize_regions(crops, common_boxes, ids, h)
     known, labels = np.unique(np.append(labels, -1), return_inverse=True)
     views, hidden = [], []
     for (x0, y0, x1, y1), mask in zip(boxes, noise):
         view = v2.functional.crop(picture, y0, x0, y1 - y0, x1 - x0)                           # outside is black
         views.append(v2.functional.resize(view, [h, h], v2.InterpolationMode.BICUBIC, antialias=True))
-        rows, columns = (((np.arange(h) + 0.5) * n / h).astype(int) for n in mask.shape)       # nearest as Pillow does
+        rows, columns = (np.arange(h) * n // h for n in mask.shape)
         hidden.append(mask[rows][:, columns])
     return torch.stack(views), labels[:-1].reshape(M, h, h) - 1, np.stack(hidden)
 
@@ -367,7 +368,7 @@ class DeepLab(nn.Module):
         pooled = self.pool(x.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *x.shape[2:])
         x = self.merge(torch.cat([self.branches[0](x).relu(), *(b(x) for b in self.branches[1:]), pooled], 1))
         x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
-        return self.decode(torch.cat([x, low], 1))
+        return self.decode(torch.cat([low, x], 1))
 
 
 class Network(nn.Module):
@@ -610,19 +611,16 @@ def train(args):
         run.mark("backward and optimizer")
     if args.bench:
         return 0
-    sample = Sample(model, fit, args)
-    sample.fit(model)
+    fit_probes(model, fit, args)
     run.save()
-    untrained = start(args).to(run.device)                         # the same network before its first step
-    status = eval.finish(run, model, fit, val, encode=untrained.eval())
+    untrained = start(args).to(run.device).eval()                  # the same network before its first step
+    code = eval.finish(run, model, fit, val, encode=untrained)
     if val.classes:
-        more = {"vote": sample.vote(run, model, val)}
-        Sample(untrained, fit, args).fit(untrained)
-        more["untrained linear"] = eval.scores(eval.evaluate(untrained, val, run.device)["linear"])
+        fit_probes(untrained, fit, args)
         colours = eval.baseline(run, colour_patches, fit, val, args.clusters, 8)
-        more["K-means, colours"] = eval.scores(eval.matched(colours, eval.hungarian(colours)))
-        add_scores(run, more, val)
-    return status
+        report(run, val, {"linear, untrained": eval.scores(eval.evaluate(untrained, val, run.device)["linear"]),
+                          "K-means, colours": eval.scores(eval.matched(colours, eval.hungarian(colours)))})
+    return code
 
 
 def start(args):
@@ -633,57 +631,31 @@ def start(args):
     return model
 
 
-class Sample:
-    """Embeddings of random pixels of the training images, X (n,D), and their labels y (n,): what the probes are fitted on.
+def fit_probes(model, images, args):
+    """Clusters by K-means and the linear model by SGD, as in the paper, on random pixels of the training images.
 
-    The network is frozen by now, so one pass over the images replaces the paper's 12,000 batches.
+    The network is frozen by now, so one pass over some images replaces the paper's 12,000 batches.
     """
-
-    @torch.no_grad()
-    def __init__(self, model, images, args):
-        self.args, device = args, model.prototypes.device
-        self.generator = torch.Generator().manual_seed(args.seed)
-        model.eval()
-        X, y = [], []
-        for i in eval.evenly(args.probe_images, len(images)):
-            item = images[i]
-            if not item["error"]:
-                code = model(item["image"][None].to(device))[0].flatten(1)                     # (D,H*W)
-                chosen = torch.randint(code.shape[1], (args.probe_pixels,), generator=self.generator)
-                X.append(code[:, chosen.to(device)].T)
-                y.append(item["label"].flatten()[chosen].to(device))
-        if not X:
-            raise OSError(f"no image of {images.name} could be read")
-        self.X, self.y = torch.cat(X), torch.cat(y)
-
-    def clusters(self, count, restarts):
-        some = torch.randperm(len(self.X), generator=self.generator)[:20000].to(self.X.device)
-        return eval.kmeans(self.X[some], count, restarts, seed=self.args.seed)
-
-    def fit(self, model):
-        """K-means for `.cluster`; for `.linear` SGD with poly decay, as published, on batches of pixels."""
-        model.cluster.clusters.data.copy_(self.clusters(self.args.clusters, 10))
-        if model.linear is None:
-            return
-        X, y = self.X[self.y >= 0], self.y[self.y >= 0]
-        model.linear.train()
-        optimizer = torch.optim.SGD(model.linear.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-        for step in range(self.args.probe_steps if len(y) else 0):
-            optimizer.param_groups[0]["lr"] = max(1e-4, 0.01 * (1 - step / self.args.probe_steps) ** 0.9)
-            chosen = torch.randint(len(y), (4096,), generator=self.generator).to(y.device)
-            logits = model.linear(X[chosen].T[None, ..., None])                                # (1,classes,4096,1)
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(logits, y[chosen][None, :, None]).backward()
-            optimizer.step()
-        model.linear.eval()
-
-    def vote(self, run, model, val):
-        """The paper's cluster model: many clusters, each named after the class that most of its training pixels have."""
-        centres = self.clusters(self.args.vote_clusters, 1)
-        nearest = torch.cat([(x @ centres.T).argmax(1) for x in self.X.split(16384)])
-        names = eval.majority(eval.confusion_matrix(nearest, self.y, len(centres), val.classes))
-        counts = eval.evaluate(eval.Clustered(model, 1, centres), val, run.device)["cluster"]
-        return eval.scores(eval.matched(counts, names))
+    device = model.prototypes.device
+    model.eval()
+    with torch.no_grad():
+        X, y, _ = eval.sample_points(model, images, device, points=args.probe_pixels, images=args.probe_images, seed=args.seed)
+    X, y, generator = X.flatten(0, 1), y.flatten(), torch.Generator().manual_seed(args.seed)
+    some = torch.randperm(len(X), generator=generator)[:20000].to(device)
+    model.cluster.clusters.data.copy_(eval.kmeans(X[some], args.clusters, seed=args.seed))
+    X, y = X[y >= 0], y[y >= 0]
+    if model.linear is None or len(y) == 0:
+        return
+    model.linear.train()
+    optimizer = torch.optim.SGD(model.linear.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    for step in range(args.probe_steps):
+        optimizer.param_groups[0]["lr"] = max(1e-4, 0.01 * (1 - step / args.probe_steps) ** 0.9)
+        chosen = torch.randint(len(y), (4096,), generator=generator).to(device)
+        logits = model.linear(X[chosen].T[None, ..., None])                                    # (1,classes,4096,1)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, y[chosen][None, :, None]).backward()
+        optimizer.step()
+    model.linear.eval()
 
 
 def colour_patches(images, patch=8):
@@ -691,7 +663,7 @@ def colour_patches(images, patch=8):
     return F.avg_pool2d(images, patch)
 
 
-def add_scores(run, more, val):
+def report(run, val, more):
     """Print further rows and add them to scores.json."""
     if run.rank:
         return
@@ -705,15 +677,15 @@ def add_scores(run, more, val):
 ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 PRESETS = {
     # low resolution; lr as published: 0.0025 x images per step
-    "default": dict(arch="resnet18", size=320, eval_size=320, view_size=256, views=5, beta=(0.5, 1.5), mask=0.25, blur=0.5,
+    "default": dict(arch="resnet18", size=320, eval_size=320, view_size=256, views=5, beta=(0.5, 1.5), mask=0.25, colour=1.0, blur=0.5,
                     regions="slic", region_size=20, ruler=10, decoder="fpn", code_dim=128, prototypes=27, steps=7552,
                     batch_size=32, lr=0.08, warmup=0.02, weight_decay=1e-6, queue=5000, queue_start=313, freeze=313,
-                    filters=256, vote_clusters=128, probe_images=1000, probe_pixels=500, probe_steps=3000),
+                    filters=256, probe_images=1000, probe_pixels=500, probe_steps=3000),
     "scenes": dict(weights="none", depth=2, size=96, eval_size=96, view_size=64, region_size=8, steps=150, batch_size=4,
-                   lr=1.0, queue=1000, queue_start=30, freeze=20, filters=27, vote_clusters=27, probe_steps=300,
+                   lr=1.0, queue=1000, queue_start=30, freeze=20, filters=27, probe_steps=300,
                    probe_pixels=200),
     "camvid": dict(size=160, eval_size=160, view_size=128, region_size=10, steps=150, batch_size=4, lr=0.32, queue=2000,
-                   queue_start=30, freeze=20, filters=256, vote_clusters=45, probe_steps=1000),
+                   queue_start=30, freeze=20, filters=256, probe_steps=1000),
     "smoke": dict(steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20, probe_steps=10),
 }
 
@@ -734,6 +706,8 @@ def arguments():
     g.add_argument("--ruler", type=float, help="how compact superpixels are; larger is more like a grid")
     g.add_argument("--mask", type=float, metavar="SHARE", help="largest side of the noise rectangle over that of the view; 0 "
                    "switches it off")
+    g.add_argument("--colour", type=float, metavar="STRENGTH", help="of the colour distortion; 1 as in the paper, less where "
+                   "colour tells classes apart")
     g.add_argument("--blur", type=float, metavar="P", help="share of views that are blurred; lower it for tiny views, where "
                    "blurring removes all texture")
     g.add_argument("--code-dim", type=common.whole(1), help="embedding width D; 128 in the paper, 32 costs it 1.5 mIoU")
@@ -746,7 +720,6 @@ def arguments():
     g.add_argument("--weight-decay", type=float, help="of LARS")
     g.add_argument("--eval-size", type=common.whole(16), metavar="PIXELS", help="shorter side of the images at scoring")
     g.add_argument("--filters", type=common.whole(1), help="L, width of the linear model: 27, 45, 128, 256 in the paper")
-    g.add_argument("--vote-clusters", type=common.whole(2), help="clusters of the majority-vote model: 27, 45, 128, 256")
     g.add_argument("--probe-images", type=common.whole(1), help="training images the probes are fitted on")
     g.add_argument("--probe-pixels", type=common.whole(1), help="random pixels of each of them")
     g.add_argument("--probe-steps", type=common.whole(1), help="SGD steps of the linear model; 12,000 in the paper")
