@@ -312,12 +312,13 @@ def colours(n, first=1):
     return (bits << (7 - np.arange(8))).sum(-1).astype(np.uint8)
 
 
-COCO27 = table(                                             # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
+COCO27 = table(                                              # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
     "71-76", "77-82", "51-60", "61-70", "83-90", "43-50", "25-32", "15-24", "9-14", "0", "33-42", "1-8",
     "101,102", "100,113-117", "120,121,152,169", "97,106,107,109,111,122,129,132,155,160,164",
     "99,131,138,142", "91,92,103,104,108,130,136,140,151,166,167", "170-176", "179,180",
     "94,95,127,150,157,165", "110,124,125,135,139,143,144,146,148,153,158",
-    "93,96,118,123,128,133,141,162,168", "105,156", "126,134,149,159,161,181", "98,112,137,145,163", "119,147,154,177,178")
+    "93,96,118,123,128,133,141,162,168", "105,156", "126,134,149,159,161,181", "98,112,137,145,163",
+    "119,147,154,177,178")
 COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,
     sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,raw-material,textile,wall,window,building,ground,
     plant,sky,solid,structural,water""")
