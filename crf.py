@@ -130,7 +130,7 @@ def dense_crf(image, log_probs, iterations=10, gaussian_sxy=1, gaussian_compat=3
                               (bilateral_compat, bilateral_sxy, [*(colours / bilateral_srgb)])):
         mu = torch.as_tensor(compat, dtype=torch.float32)
         if mu.shape not in ((), (C, C)) or not mu.isfinite().all():
-            raise ValueError(f"compat must be a finite number or ({C},{C}) matrix, not {compat}")
+            raise ValueError(f"compat must be a finite number or a ({C},{C}) matrix of finite numbers")
         if mu.any():
             highest = [W / sxy, H / sxy] + [255 / bilateral_srgb] * 3
             filter = build(torch.stack([x / sxy, y / sxy] + rest), highest, number, len(photo), symmetric)
@@ -184,6 +184,7 @@ if __name__ == "__main__":
             photo = pil_to_tensor(picture)
         if not args.bench:
             compare(photo, args.out)
+            print(f"wrote {args.out}: photo, before, after")
         for size, C in [(size, C) for size in (160, 320, 512) for C in (5, 27) if args.bench]:
             image = F.interpolate(photo[None].float(), (size, size)).byte().repeat(args.batch, 1, 1, 1)
             logits = F.interpolate(torch.randn(args.batch, C, 40, 40), (size, size), mode="bilinear")
