@@ -1,13 +1,13 @@
-"""CAUSE: unsupervised semantic segmentation through a concept codebook (Kim, Lee, Kim, Ro, arXiv 2310.07379).
+"""CAUSE: unsupervised semantic segmentation through a concept codebook (Kim, Lee, Ro, arXiv 2310.07379).
 
-1. codebook: K code vectors are learned on frozen patch features by maximising modularity, as in community detection.
-2. head: patches whose codes are alike attract, others repel; student, momentum teacher and a bank of past patches.
-3. probe: the C clusters are found in the teacher's codes by the same modularity; a linear probe is trained beside it.
-No label reaches codebook, head or clusters. The published third step trains the head with labels; ours does not.
+1. codebook: K code vectors learned on frozen patch features by maximising modularity (community detection).
+2. head: patches of like codes attract, of unlike codes repel; student, momentum teacher, bank of the past.
+3. probe: C clusters found in the teacher's codes by the same modularity; a linear probe beside them.
+No label reaches codebook, head or clusters. The published third step trains the head with labels, ours not.
 
-    python cause.py                                        # generated scenes, no download, about a minute
-    python cause.py --head tr --data coco27 --root data/cocostuff --arch vitb8        # paper: 41.9 mIoU, not run here
-    python cause.py --data camvid --root data/camvid --arch dinov2_vits14 --cache-features ram
+    python cause.py                                  # generated scenes, no download, about a minute
+    python cause.py --head tr --data coco27 --root data/cocostuff --arch vitb8   # paper 41.9 mIoU, not run
+    here python cause.py --data camvid --root data/camvid --arch dinov2_vits14 --cache-features ram
     python eval.py runs/cause-scenes-dct8-0 --images photos --out segmented
 """
 import common                                              # first: it answers --help before torch is loaded
@@ -21,8 +21,9 @@ import data
 import eval
 from eval import ClusterProbe, LinearProbe
 
-# Letters: B images, h w patches, N = h * w tokens, n sampled tokens (anchors), D backbone width, K codes of the codebook,
-# r code width of the head (90), R projection width (2048), S bank slots per code (100), C clusters.
+# Letters: B images, h w patches, N = h * w tokens, n sampled tokens (anchors), D backbone width, K codes of
+# the codebook, r code width of the head (90), R projection width (2048), S bank slots per code (100), C
+# clusters.
 
 
 # ---------------------------------------------------------------- model
@@ -44,7 +45,8 @@ class Attention(nn.Module):
 
     def __init__(self, D):
         super().__init__()
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * D, D)), nn.Parameter(torch.zeros(3 * D))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * D, D))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * D))
         self.out_proj = nn.Linear(D, D)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -59,8 +61,9 @@ class Attention(nn.Module):
 
 
 class TRHead(nn.Module):
-    """Features (B,N,D) and their code vectors (B,N,D) -> code (B,N,K): one transformer layer, whose queries are the codes
-    and whose keys are the features, added to the features (the paper has no such residual, the published code does).
+    """Features (B,N,D) and their code vectors (B,N,D) -> code (B,N,K): one transformer layer, whose queries
+    are the codes and whose keys are the features, added to the features (the paper has no such residual, the
+    published code does).
 
     queries: N of the training grid; another grid gets the position table interpolated.
     """
@@ -92,22 +95,23 @@ class TRHead(nn.Module):
 
 
 def load_published_head(state_dict, head):
-    """Fill our head from the authors' parameters (`head.f1.weight (K,D,1,1)`, `head.tr.self_attn...`, or without `head.`).
+    """Fill our head from the authors' parameters (`head.f1.weight (K,D,1,1)`, `head.tr.self_attn...`, or
+    without `head.`).
 
     Raises ValueError naming the first parameter that is missing or has another shape.
     """
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     prefix = next((p for p in ("head_ema.", "head.") if any(name.startswith(p) for name in state_dict)), "")
     found = {}
-    for name, value in state_dict.items():                        # a whole file: the teacher is what the authors score
+    for name, value in state_dict.items():  # a whole file: the teacher is what the authors score
         if name.startswith(prefix):
             name = name.removeprefix(prefix).removeprefix("tr.").replace("multihead_attn", "cross_attn")
             name = "out." + name if isinstance(head, TRHead) and name.startswith(("f1.", "f2.")) else name
             found[name] = value.flatten(1) if value.dim() == 4 else value
     for name, parameter in head.state_dict().items():
         if name not in found or found[name].shape != parameter.shape:
-            raise ValueError(f"the published head does not fit: {name} should be {tuple(parameter.shape)}, is "
-                             f"{tuple(found[name].shape) if name in found else 'missing'}")
+            raise ValueError(f"the published head does not fit: {name} should be {tuple(parameter.shape)}, "
+                             f"is {tuple(found[name].shape) if name in found else 'missing'}")
     head.load_state_dict({name: found[name] for name in head.state_dict()})
     return head
 
@@ -125,7 +129,7 @@ class Model(nn.Module):
         queries = (args.size // self.backbone.patch) ** 2
         self.student = TRHead(D, r, queries) if args.head == "tr" else MLPHead(D, r)
         self.projection = nn.Linear(r, args.projection_dim)
-        # The published teacher shares the student's memory until the first Adam step; a real copy is what was meant.
+        # The published teacher shares the student's memory until Adam's first step; a copy is what was meant.
         self.teacher, self.teacher_projection = copy.deepcopy(self.student), copy.deepcopy(self.projection)
         for p in [*self.teacher.parameters(), *self.teacher_projection.parameters()]:
             p.requires_grad_(False)
@@ -137,7 +141,7 @@ class Model(nn.Module):
         """Tokens (B,N,D) of a grid (h,w), through student or teacher: (B,N,r)."""
         if isinstance(head, MLPHead):
             return head(tokens)
-        return head(tokens, self.codebook.detach()[quantize(tokens, self.codebook)], grid)   # raw code vectors
+        return head(tokens, self.codebook.detach()[quantize(tokens, self.codebook)], grid)  # raw code vectors
 
     def code(self, feats):
         """Features (B,D,h,w) -> the teacher's code (B,r,h,w)."""
@@ -151,7 +155,8 @@ class Model(nn.Module):
 # ---------------------------------------------------------------- loss
 
 def affinity(features, codebook):
-    """Clamped cosines between tokens, without the diagonal (the paper keeps it), and to the codes: (B,N,N), (B,N,K)."""
+    """Clamped cosines between tokens, without the diagonal (the paper keeps it), and to the codes: (B,N,N),
+    (B,N,K)."""
     unit = F.normalize(features, dim=-1)
     A = (unit @ unit.mT).clamp(min=0)                                                        # eq. 3: A
     A = A - torch.diag_embed(A.diagonal(dim1=1, dim2=2))
@@ -162,14 +167,14 @@ def modularity_loss(features, codebook, tau=0.1, form="max"):
     """Minus the modularity of the communities that the codes make of the tokens, mean over images (eq. 3).
 
     features (B,N,D), codebook (K,D) -> scalar; the gradient reaches only the codebook.
-    form "max": two tokens share a community as far as their best common code says, max_k tanh(C_ik C_jk / tau), which
-    is what the published code computes; "sum": tanh(sum_k C_ik C_jk / tau), which is what the paper writes.
-    The full (B,N,N,K) product never exists: the best code of a pair is found in chunks without gradient, then only that
-    code's product is computed with gradient; value and gradient are the same.
+    form "max": two tokens share a community as far as their best common code says, max_k tanh(C_ik C_jk /
+    tau), which is what the published code computes; "sum": tanh(sum_k C_ik C_jk / tau), which is what the
+    paper writes. The full (B,N,N,K) product never exists: the best code of a pair is found in chunks without
+    gradient, then only that code's product is computed with gradient; value and gradient are the same.
     """
     A, C = affinity(features.detach(), codebook)
     degree = A.sum(-1)                                                                       # (B,N)
-    total = degree.sum(-1).clamp(min=1e-12)[:, None, None]                                   # e, twice the edge weight
+    total = degree.sum(-1).clamp(min=1e-12)[:, None, None]  # e, twice the edge weight
     W = A - degree[:, :, None] * degree[:, None, :] / total                                  # (B,N,N)
     if form == "sum":
         delta = torch.tanh(C @ C.mT / tau)
@@ -182,7 +187,8 @@ def modularity_loss(features, codebook, tau=0.1, form="max"):
 
 @torch.no_grad()
 def best_common_code(C, elements=2 ** 24):
-    """argmax_k C_ik C_jk for all pairs of tokens of an image: (B,N,K) -> (B,N,N), in chunks of bounded memory."""
+    """argmax_k C_ik C_jk for all pairs of tokens of an image: (B,N,K) -> (B,N,N), in chunks of bounded
+    memory."""
     B, N, K = C.shape
     best = torch.empty(B, N, N, dtype=torch.int64, device=C.device)
     rows = max(1, elements // (N * K))
@@ -199,12 +205,14 @@ def quantize(features, codebook):
 
 def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=None,
                      tau=0.07, positive=0.3, negative=0.1):
-    """Concept-wise contrastive loss (eq. 4): tokens whose codes are alike attract, tokens with unlike codes repel.
+    """Concept-wise contrastive loss (eq. 4): tokens whose codes are alike attract, tokens with unlike codes
+    repel.
 
-    codes (B,n) indices, student and teacher (B,n,R) projections, similarity (K,K) code-code cosines; bank_codes (m,),
-    bank (m,R) past teacher projections -> scalar: the mean over images of the in-batch term and, with a bank, of the
-    bank term. Each is normalised on its own, as in the published code; the paper joins their keys. An image without a
-    positive pair adds no term. Training computes the bank term by `Bank.loss`, the same value for a fifth of the work.
+    codes (B,n) indices, student and teacher (B,n,R) projections, similarity (K,K) code-code cosines;
+    bank_codes (m,), bank (m,R) past teacher projections -> scalar: the mean over images of the in-batch term
+    and, with a bank, of the bank term. Each is normalised on its own, as in the published code; the paper
+    joins their keys. An image without a positive pair adds no term. Training computes the bank term by
+    `Bank.loss`, the same value for a fifth of the work.
     """
     total, images = batch_term(codes, student, teacher, similarity, tau, positive, negative)
     if bank is not None and len(bank):
@@ -215,9 +223,11 @@ def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=
 
 
 def batch_term(codes, student, teacher, similarity, tau=0.07, positive=0.3, negative=0.1):
-    """In-batch term of eq. 4, keys: the teacher's tokens of all images. Sum over images and number of images."""
+    """In-batch term of eq. 4, keys: the teacher's tokens of all images. Sum over images and number of
+    images."""
     B, n, _ = student.shape
-    keys, key_codes = F.normalize(common.gather(teacher).flatten(0, 1), dim=-1), common.gather(codes).flatten()
+    keys = F.normalize(common.gather(teacher).flatten(0, 1), dim=-1)
+    key_codes = common.gather(codes).flatten()
     own = torch.zeros(B * n, len(keys), dtype=torch.bool, device=student.device)
     own.diagonal(common.rank() * B * n).fill_(True)               # a token is no positive of itself
     cosine = F.normalize(student, dim=-1) @ keys.T                                           # (B,n,keys)
@@ -225,13 +235,14 @@ def batch_term(codes, student, teacher, similarity, tau=0.07, positive=0.3, nega
 
 
 def contrast(cosine, s, tau, positive, negative, own=None):
-    """Eq. 4 for cosines and code-code similarities (B,n,keys): sum over the images with a positive pair, their number.
+    """Eq. 4 for cosines and code-code similarities (B,n,keys): sum over the images with a positive pair,
+    their number.
 
     A flat mean of -log p over the pairs of an image; the paper takes the log of the mean over positives.
     """
     logit = cosine / tau
     attract = s > positive if own is None else (s > positive) & ~own
-    kept = attract | (s < negative)                               # between the two thresholds a key is ignored
+    kept = attract | (s < negative)  # between the two thresholds a key is ignored
     nothing = ~kept.any(-1, keepdim=True)                         # no key at all: any finite value will do
     lse = logit.masked_fill(~kept, float("-inf")).masked_fill(nothing, 0).logsumexp(-1, keepdim=True)
     pairs = attract.sum((1, 2))
@@ -247,21 +258,22 @@ def mean_over_images(total, images):
 class Bank(nn.Module):
     """The last S teacher projections of every code: one ring buffer (K,S,R), no copy, no concatenation.
 
-    The paper cuts the bank at random and samples new tokens at random; as in the published code, a random half of each
-    code's new tokens enters and the oldest leave.
+    The paper cuts the bank at random and samples new tokens at random; as in the published code, a random
+    half of each code's new tokens enters and the oldest leave.
     """
 
     def __init__(self, codes, slots, width):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(codes, slots, width))
-        self.register_buffer("added", torch.zeros(codes, dtype=torch.int64))    # tokens ever added to each code
+        self.register_buffer("added", torch.zeros(codes, dtype=torch.int64))  # tokens ever added to each code
 
     @torch.no_grad()
     def update(self, codes, projections, permutation=None):
-        """codes (T,), projections (T,R) of all processes; permutation (T,): the random order, drawn if absent."""
+        """codes (T,), projections (T,R) of all processes; permutation (T,): the random order, drawn if
+        absent."""
         K, S, _ = self.vectors.shape
         permutation = torch.randperm(len(codes), device=codes.device) if permutation is None else permutation
-        by_code, place = codes[permutation].sort(stable=True)                    # tokens of a code, in random order
+        by_code, place = codes[permutation].sort(stable=True)  # tokens of a code, in random order
         token = permutation[place]
         number = torch.bincount(by_code, minlength=K)
         at = torch.arange(len(codes), device=codes.device) - (number.cumsum(0) - number)[by_code]
@@ -284,27 +296,32 @@ class Bank(nn.Module):
         return codes, self.vectors[codes, age[valid]]
 
     def loss(self, codes, student_code, projection, similarity, tau=0.07, positive=0.3, negative=0.1):
-        """The bank term of `contrastive_loss` at a fifth of its operations: sum over images and number of images.
+        """The bank term of `contrastive_loss` at a fifth of its operations: sum over images and number of
+        images.
 
-        codes (B,n), student_code (B,n,r), projection: the student's linear layer r -> R. A projection is linear, so its
-        product with the bank folds: (y P + b) . v = (y, 1) . (P v, b v), of width r + 1 instead of R.
+        codes (B,n), student_code (B,n,r), projection: the student's linear layer r -> R. A projection is
+        linear, so its product with the bank folds: (y P + b) . v = (y, 1) . (P v, b v), of width r + 1
+        instead of R.
         """
         weight = torch.cat([projection.weight, projection.bias[:, None]], 1)                   # (R, r+1)
         length = F.linear(student_code, projection.weight, projection.bias).norm(dim=-1, keepdim=True)
         y = torch.cat([student_code, torch.ones_like(length)], -1) / length / tau              # (B,n,r+1)
         valid = torch.arange(self.vectors.shape[1], device=codes.device) < self.count[:, None]  # (K,S)
         scale = valid / self.vectors.norm(dim=-1).clamp(min=1e-12)
-        folded = (self.vectors.flatten(0, 1) @ weight.to(self.vectors.dtype)).to(y.dtype) * scale.flatten()[:, None]
-        s = similarity[codes]                                                                  # (B,n,K): looked up
+        folded = (self.vectors.flatten(0, 1) @ weight.to(self.vectors.dtype)).to(y.dtype)      # (K*S,r+1)
+        folded = folded * scale.flatten()[:, None]
+        s = similarity[codes]  # (B,n,K): looked up
         return _BankTerm.apply(y, folded, valid, s > positive, s < negative)
 
 
 class _BankTerm(torch.autograd.Function):
-    """Bank term of eq. 4, its gradient in closed form, so that no (B,n,K*S) tensor is kept for the backward pass.
+    """Bank term of eq. 4, its gradient in closed form, so that no (B,n,K*S) tensor is kept for the backward
+    pass.
 
-    An image's term is sum_i (P_i lse_i - sum_{j in pos_i} l_ij) / sum_i P_i, P_i the number of positives of anchor i, l = y folded^T;
-    d term / d l_ij = (P_i softmax_ij - [j in pos_i]) / sum_i P_i. Keys of one code share their masks, (n,K) instead of
-    (n,K*S). y (B,n,r+1), folded (K*S,r+1), valid (K,S), positive and negative (B,n,K) -> sum over images, their number.
+    An image's term is sum_i (P_i lse_i - sum_{j in pos_i} l_ij) / sum_i P_i, P_i the number of positives of
+    anchor i, l = y folded^T; d term / d l_ij = (P_i softmax_ij - [j in pos_i]) / sum_i P_i. Keys of one code
+    share their masks, (n,K) instead of (n,K*S). y (B,n,r+1), folded (K*S,r+1), valid (K,S), positive and
+    negative (B,n,K) -> sum over images, their number.
     """
 
     @staticmethod
@@ -321,7 +338,7 @@ class _BankTerm(torch.autograd.Function):
                 images += per_anchor.any()
                 ignored = torch.zeros_like(pos).masked_fill(~(positive[b] | negative[b]), float("-inf"))
                 logit = (y[b] @ folded.T).view(-1, K, S)
-                attracted = (logit.sum(-1) * pos).sum()            # empty slots are zero vectors and add nothing
+                attracted = (logit.sum(-1) * pos).sum()  # empty slots are zero vectors and add nothing
                 logit.add_(hole).add_(ignored[..., None])
                 lse = logit.flatten(1).logsumexp(-1)
                 lse = lse.masked_fill(per_anchor == 0, 0)          # such an anchor may have no key at all
@@ -351,7 +368,8 @@ def update_teacher(model, momentum=0.99):
 
 
 def grid_choice(B, h, w, k, device=None):
-    """One random token from every k x k window: flat indices (B,n), n = (h//k)(w//k); a rest at the edge is left out."""
+    """One random token from every k x k window: flat indices (B,n), n = (h//k)(w//k); a rest at the edge is
+    left out."""
     k = min(k, h, w)
     rows, columns = h // k, w // k
     inside = (common.rand_rows(B, rows * columns, device=device) * k * k).long()               # (B,n)
@@ -375,9 +393,10 @@ def take(tokens, index):
 
 def train(args):
     run = common.Run("cause", args)
-    images = data.load(args.data, args.root, "train", size=args.size, crops=args.crops, protocol=args.protocol)
+    how = dict(crops=args.crops, protocol=args.protocol)
+    images = data.load(args.data, args.root, "train", size=args.size, **how)
     wide = images if args.codebook_size == args.size else \
-        data.load(args.data, args.root, "train", size=args.codebook_size, crops=args.crops, protocol=args.protocol)
+        data.load(args.data, args.root, "train", size=args.codebook_size, **how)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     model = Model(args).to(run.device).train()
@@ -385,10 +404,11 @@ def train(args):
     # 1. the codebook: communities of patches within each image
     features = run.features(model.backbone, wide)
     optimizer = torch.optim.Adam([model.codebook], args.lr)
-    for step, batch in run.steps("codebook", args.codebook_steps, wide, model=model, codebook_optimizer=optimizer):
+    for step, batch in run.steps("codebook", args.codebook_steps, wide, model=model,
+                                 codebook_optimizer=optimizer):
         feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
         run.mark("backbone")
-        tokens = take(feats.flatten(2).mT, grid_choice(len(feats), *feats.shape[2:], args.window, run.device))  # (B,n,D)
+        tokens = take(feats.flatten(2).mT, grid_choice(len(feats), *feats.shape[2:], args.window, run.device))
         loss = modularity_loss(tokens, model.codebook, form=args.form)
         if not run.finite(batch, loss=loss):
             continue
@@ -401,26 +421,26 @@ def train(args):
     model.codebook.requires_grad_(False)
 
     # 2. the head: concept-wise contrast between student, teacher and bank
-    if images is not wide:
-        features = run.features(model.backbone, images)
+    features = features if wide is images else run.features(model.backbone, images)
     unit = F.normalize(model.codebook, dim=-1)
     similarity = unit @ unit.T                                                                 # (K,K)
     bank = Bank(args.codes, args.bank_slots, args.projection_dim).to(run.device)
-    if args.bench:                                                # a full bank is what a step costs most of the time
+    if args.bench:  # a full bank is what a step costs most of the time
         bank.vectors.normal_()
         bank.added.fill_(args.bank_slots)
     trained = [*model.student.parameters(), *model.projection.parameters()]
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay)
     linear_optimizer = torch.optim.Adam(model.linear.parameters(), args.probe_lr) if model.linear else None
+    linear_state = {"linear_optimizer": linear_optimizer} if model.linear else {}
     for step, batch in run.steps("head", args.steps, images, model=model, bank=bank, optimizer=optimizer,
-                                 **({"linear_optimizer": linear_optimizer} if model.linear else {})):
+                                 **linear_state):
         feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
         run.mark("backbone")
         grid, tokens = tuple(feats.shape[2:]), feats.flatten(2).mT                             # (B,N,D)
         index = grid_choice(len(feats), *grid, args.window, run.device)                              # (B,n)
         anchors = take(tokens, index)                                                          # (B,n,D)
         with run.autocast():
-            if args.head == "tr":                                 # attention needs all tokens; sample afterwards
+            if args.head == "tr":  # attention needs all tokens; sample afterwards
                 student = take(model.encode(model.student, tokens, grid), index)               # (B,n,r)
                 with torch.no_grad():
                     full = model.encode(model.teacher, tokens, grid)                           # (B,N,r)
@@ -445,21 +465,21 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         common.average_gradients(model.student, model.projection)
-        # The published clip covers the linear probe too; ours must not, or labels would scale the head's step.
+        # The published clip covers the linear probe too; here labels would then scale the head's step.
         torch.nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
         run.mark("backward and optimizer")
         step_linear(model, linear, linear_optimizer)
         run.mark("probes")
         bank.update(common.gather(codes).flatten(), common.gather(key).flatten(0, 1))
-        update_teacher(model)                                     # after the bank: its vectors are the old teacher's
+        update_teacher(model)  # after the bank: its vectors are the old teacher's
         run.mark("bank and teacher")
 
-    # 3. the clusters: the same modularity, with C centroids in place of the codebook. The published code lets the
-    # linear probe's labels train the head here (its teacher is not frozen); our codes are detached.
+    # 3. the clusters: the same modularity, with C centroids in place of the codebook. The published code lets
+    # the linear probe's labels train the head here (its teacher is not frozen); our codes are detached.
     cluster_optimizer = torch.optim.Adam(model.cluster.parameters(), args.probe_lr)
-    for step, batch in run.steps("probe", args.probe_steps, images, model=model, cluster_optimizer=cluster_optimizer,
-                                 **({"linear_optimizer": linear_optimizer} if model.linear else {})):
+    for step, batch in run.steps("probe", args.probe_steps, images, model=model,
+                                 cluster_optimizer=cluster_optimizer, **linear_state):
         feats = features(batch.get("image"), batch["index"])
         run.mark("backbone")
         with torch.no_grad(), run.autocast():
@@ -492,44 +512,60 @@ def step_linear(model, loss, optimizer):
 # ---------------------------------------------------------------- command line
 
 PRESETS = {      # steps as one of four unsynchronised processes took them: epoch = crops / 4 / 16
-    "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000, codebook_steps=400,
-                    probe_steps=400, probe="modularity", batch_size=16, lr=4e-3, probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048,
-                    bank_slots=100, window=4, thresholds=(0.3, 0.1), code_dim=90, projection_dim=2048),
-    "scenes": dict(window=2, probe="kmeans", thresholds=(0.7, 0.3), lr=1e-3, size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=150, probe_steps=100, codes=64,
-                   bank_slots=50, projection_dim=512),
-    "camvid": dict(size=224, codebook_size=224, eval_size=336, steps=1000, codebook_steps=400, probe_steps=400),
-    # 49,629 curated images x 5 crops; the paper's 320 px at test time, and at training time for the codebook and TR
+    "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000,
+                    codebook_steps=400, probe_steps=400, probe="modularity", batch_size=16, lr=4e-3,
+                    probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4, thresholds=(0.3, 0.1),
+                    code_dim=90, projection_dim=2048),
+    # six classes, and cosines of DCT descriptors, which run higher than a transformer's: other thresholds
+    "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=150, probe_steps=100,
+                   probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, thresholds=(0.7, 0.3),
+                   projection_dim=512),
+    "camvid": dict(eval_size=336, steps=600, codebook_steps=300, probe_steps=200, probe="kmeans"),
+    # 49,629 curated images x 5 crops; 320 px at test time, and in training for the codebook and for TR
     "coco27": dict(crops=5, codebook_size=320, steps=7754, codebook_steps=3877, probe_steps=3877, clip=0.1),
-    "cityscapes27": dict(crops=5, codebook_size=320, steps=464, codebook_steps=232, probe_steps=232, weight_decay=0.0),
-    "smoke": dict(steps=10, codebook_steps=10, probe_steps=10, batch_size=4, codes=32, projection_dim=64, bank_slots=8),
+    "coco27+tr": dict(size=320, clip=2.0, probe_steps=19385),
+    "cityscapes27": dict(crops=5, codebook_size=320, steps=464, codebook_steps=232, probe_steps=232,
+                         weight_decay=0.0),
+    "cityscapes27+tr": dict(size=320, probe_steps=1160),
+    # step 2 of the published code does not run for these; weight decay as for COCO-27, clip 1
+    "voc21": dict(crops=50, codebook_size=320, steps=2288, codebook_steps=1144, probe_steps=1144),
+    "voc21+tr": dict(size=320, probe_steps=5720),
+    "smoke": dict(steps=10, codebook_steps=10, probe_steps=10, batch_size=4, codes=32, projection_dim=64,
+                  bank_slots=8),
 }
 
 
 def arguments():
     p = common.parser(__doc__)
     g = p.add_argument_group("CAUSE")
-    g.add_argument("--head", choices=["mlp", "tr"], help="mlp: two layers per token, fast; tr: a transformer layer that "
-                   "attends from code vectors to features, better in the paper and tied to one grid")
-    g.add_argument("--form", choices=["max", "sum"], default="max", help="modularity over the best common code (published "
-                   "code) or over the sum of codes (paper)")
+    g.add_argument("--head", choices=["mlp", "tr"], help="mlp: two layers per token, fast; tr: a "
+                   "transformer layer that attends from code vectors to features, better in the paper and "
+                   "tied to one grid")
+    g.add_argument("--form", choices=["max", "sum"], default="max", help="modularity over the best common "
+                   "code (published code) or over the sum of codes (paper)")
     g.add_argument("--codes", type=common.whole(2), help="codebook size K; 2048 in the paper")
-    g.add_argument("--bank-slots", type=common.whole(1), help="past tokens kept per code; memory codes x slots x width x 4")
-    g.add_argument("--window", type=common.whole(1), help="one token of every window of so many patches is used per step; "
-                   "4 in the paper, less for small grids")
-    g.add_argument("--thresholds", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="cosine of two codes above "
-                   "which their patches attract, and below which they repel; 0.3 0.1 in the paper")
+    g.add_argument("--bank-slots", type=common.whole(1), help="past tokens kept per code; memory codes x "
+                   "slots x projection width x 4 bytes")
+    g.add_argument("--window", type=common.whole(1), help="one token of every window of so many patches is "
+                   "used per step; 4 in the paper, less for small grids")
+    g.add_argument("--thresholds", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="cosine of "
+                   "two codes above which their patches attract, and below which they repel; 0.3 0.1 in the "
+                   "paper")
     g.add_argument("--code-dim", type=common.whole(1), help="width of the head's code, 90")
-    g.add_argument("--projection-dim", type=common.whole(1), help="width of the space of the contrastive loss, 2048")
-    g.add_argument("--codebook-size", type=common.whole(8), metavar="PIXELS", help="image side in the codebook phase")
+    g.add_argument("--projection-dim", type=common.whole(1), help="width of the contrastive space, 2048")
+    g.add_argument("--codebook-size", type=common.whole(8), metavar="PIXELS", help="image side in phase 1")
     g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="image side for scoring")
-    g.add_argument("--crops", type=int, choices=[5, 10], help="train on crops of each image instead of the whole")
+    g.add_argument("--crops", type=int, choices=[5, 10, 20, 50], help="train on crops of each image: 5 "
+                   "halves; 20 and 50 are the published sets for COCO-81/171 and VOC")
     g.add_argument("--codebook-steps", type=common.whole(1), help="steps of phase 1; one epoch in the paper")
-    g.add_argument("--probe", choices=["modularity", "kmeans"], help="clusters as published, by modularity within each "
-                   "image; or moved to K-means of the codes of all images, for scenes of few classes each")
     g.add_argument("--probe-steps", type=common.whole(1), help="steps of phase 3")
-    g.add_argument("--probe-lr", type=float, help="learning rate of the cluster probe in phase 3")
+    g.add_argument("--probe", choices=["modularity", "kmeans"], help="clusters as published, by modularity "
+                   "within each image; or moved to K-means of the codes of all images, where images hold "
+                   "few classes each")
+    g.add_argument("--probe-lr", type=float, help="learning rate of both probes")
     g.add_argument("--weight-decay", type=float, help="L2 in Adam; 1e-4, Cityscapes 0")
-    g.add_argument("--clip", type=float, help="gradient norm of the head; COCO 0.1 (mlp) or 2 (tr), Cityscapes 1")
+    g.add_argument("--clip", type=float, help="gradient norm of the head; COCO 0.1 (mlp), 2 (tr); "
+                   "Cityscapes 1")
     return p
 
 

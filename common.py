@@ -1,7 +1,8 @@
 """What every run needs: command line, run folder, checkpoints, several processes, and the frozen backbones.
 
 Read `Run.steps` first: it is the loop under every training loop. Nothing of a method hides here.
-Letters: B batch, H W pixels, p patch, h w patches (h = H / p), N = h * w, D backbone width, K code width, C classes.
+Letters: B batch, H W pixels, p patch, h w patches (h = H / p), N = h * w, D backbone width, K code width, C
+classes.
 """
 import argparse
 import ast
@@ -26,7 +27,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-# ---------------------------------------------------------------- command line (before torch: --help answers at once)
+# ---------------------------------------------------------------- command line (before torch: --help answers
+# at once)
 
 METHODS = ("stego", "hp", "cause", "vice", "san")
 
@@ -49,19 +51,26 @@ def whole(low):
 
 
 def parser(doc):
-    """The options that all five methods share. A default of None means: see PRESETS at the end of the file."""
+    """The options that all five methods share. A default of None means: see PRESETS at the end of the
+    file."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("data and backbone")
     g.add_argument("--data", default="scenes", metavar="NAME|DIR",
-                   help="data set (python data.py lists them) or a folder of your own images; scenes needs no file")
-    g.add_argument("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR checks it")
+                   help="data set (python data.py lists them) or a folder of your own images; scenes needs "
+                   "no file")
+    g.add_argument("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR "
+                   "checks it")
     g.add_argument("--protocol", help="how images are resized and cropped; the default is the published one")
-    g.add_argument("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of the patch")
-    g.add_argument("--arch", default="dct8", help="frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
-    g.add_argument("--weights", metavar="FILE|none", help="weights from a file instead of the download; none = untrained")
-    g.add_argument("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its final norm; "
-                   "try it where the last block was fine-tuned for something else")
-    g.add_argument("--clusters", type=whole(2), help="number of clusters; default: number of classes, 27 without labels")
+    g.add_argument("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of "
+                   "the patch")
+    g.add_argument("--arch", default="dct8", help="frozen backbone: dct8 (no weights), vits8, vitb8, "
+                   "dinov2_vits14, ...")
+    g.add_argument("--weights", metavar="FILE|none", help="weights from a file instead of the download; "
+                   "none = untrained")
+    g.add_argument("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its "
+                   "final norm; try it where the last block was fine-tuned for something else")
+    g.add_argument("--clusters", type=whole(2), help="number of clusters; default: number of classes, 27 "
+                   "without labels")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=whole(1), help="optimiser steps of the main phase")
     g.add_argument("--batch-size", type=whole(1), help="images per step over all processes together")
@@ -75,23 +84,28 @@ def parser(doc):
     g.add_argument("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
     g.add_argument("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
     g.add_argument("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
-    g.add_argument("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and keep them as "
-                   "fp16, so that later epochs cost only the head; needs bytes = images x D x N x 2")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs of minutes")
-    g.add_argument("--smoke", action="store_true", help="ten steps that touch everything, to see that it runs")
-    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then stop")
+    g.add_argument("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and "
+                   "keep them as fp16, so that later epochs cost only the head; needs bytes = images x D x "
+                   "N x 2")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs "
+                   "of minutes")
+    g.add_argument("--smoke", action="store_true", help="ten steps that touch everything, to see that it "
+                   "runs")
+    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then "
+                   "stop")
     g.add_argument("--json", metavar="FILE", help="where --bench writes its figures")
     return p
 
 
 def parse(arguments, presets, argv=None):
-    """Options from the command line, else the presets "smoke", "DATA+CHOICE", "DATA/ARCH", "DATA", "default", else defaults.
+    """Options from the command line, else the presets "smoke", "DATA+CHOICE", "DATA/ARCH", "DATA", "default",
+    else defaults.
 
     With --resume the options of that run; only those that do not change the result may be given anew.
     """
     p = arguments()
     defaults = vars(p.parse_args([]))
-    untouched = argparse.Namespace(**dict.fromkeys(defaults, parse))          # any object that no option can give
+    untouched = argparse.Namespace(**dict.fromkeys(defaults, parse))  # any object that no option can give
     given = {k: v for k, v in vars(p.parse_args(argv, untouched)).items() if v is not parse}
     if "resume" in given:
         folder = Path(given["resume"])
@@ -99,7 +113,8 @@ def parse(arguments, presets, argv=None):
         free = {"resume", "root", "weights", "device", "workers", "save_every", "cache_features", "compile"}
         if set(given) - free:
             names = ", ".join("--" + n.replace("_", "-") for n in sorted(set(given) - free))
-            raise ValueError(f"--resume continues {folder} with the options it was started with; drop {names}")
+            raise ValueError(f"--resume continues {folder} with the options it was started with; drop "
+                             f"{names}")
         return argparse.Namespace(**{**defaults, **saved, **given, "out": str(folder)})
     data, arch = given.get("data", defaults["data"]), given.get("arch", defaults["arch"])
     chosen = [presets.get(key, {}) for key in ("default", "folder" if os.path.isdir(data) else data)]
@@ -132,7 +147,8 @@ def nearest(name, names):
 
 
 def quick_help(script):
-    """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is executed."""
+    """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is
+    executed."""
     tree = ast.parse(Path(script).read_text())
     scope = {"common": sys.modules[__name__], "__doc__": ast.get_docstring(tree)}
     keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
@@ -154,7 +170,8 @@ from tqdm import tqdm  # noqa: E402
 
 
 def main(arguments, presets, train):
-    """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit code."""
+    """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit
+    code."""
     try:
         sys.exit(train(parse(arguments, presets)))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
@@ -163,12 +180,12 @@ def main(arguments, presets, train):
 
 def report(error):
     """One line for an error, and its exit code: 2 bad input, 1 the run went wrong, 130 Ctrl-C."""
-    if os.environ.get("TRACEBACK"):                               # for developers: TRACEBACK=1 python cause.py
+    if os.environ.get("TRACEBACK"):  # for developers: TRACEBACK=1 python cause.py
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
     text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    text = re.sub(r"^\w+(Error|Exception): ", "", text)           # a loader worker's error carries its traceback
+    text = re.sub(r"^\w+(Error|Exception): ", "", text)  # a loader worker's error carries its traceback
     if isinstance(error, torch.OutOfMemoryError):
         text = "the GPU's memory is full; take a smaller --batch-size or --size"
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -176,9 +193,9 @@ def report(error):
 
 
 # ---------------------------------------------------------------- several processes (torchrun)
-# Every process holds the same weights and the same random state, and takes a contiguous share of the global batch.
-# Random numbers are drawn for the global batch, keys and negatives are gathered, gradients are averaged: N processes
-# compute what one process computes with the same global batch.
+# Every process holds the same weights and the same random state, and takes a contiguous share of the global
+# batch. Random numbers are drawn for the global batch, keys and negatives are gathered, gradients are
+# averaged: N processes compute what one process computes with the same global batch.
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -242,12 +259,14 @@ def reduce_sum(x):
 
 
 def rand_rows(rows, *shape, device=None):
-    """Uniform numbers (rows, *shape) for this process's images: its share of one draw for the global batch."""
+    """Uniform numbers (rows, *shape) for this process's images: its share of one draw for the global
+    batch."""
     return torch.rand(world() * rows, *shape, device=device)[rank() * rows:(rank() + 1) * rows]
 
 
 def dropout(x, p, training, channels=False):
-    """Dropout on x (B, ...) by `rand_rows`; with `channels`, whole channels of (B, C, ...) as nn.Dropout2d does."""
+    """Dropout on x (B, ...) by `rand_rows`; with `channels`, whole channels of (B, C, ...) as nn.Dropout2d
+    does."""
     if not training or p == 0:
         return x
     shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
@@ -268,7 +287,8 @@ def average_gradients(*modules):
 # ---------------------------------------------------------------- a run
 
 class Drawn(torch.utils.data.Dataset):
-    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker that makes them."""
+    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker that makes
+    them."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -287,7 +307,8 @@ class Drawn(torch.utils.data.Dataset):
 
 
 def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is full."""
+    """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is
+    full."""
     share, epoch, permutation = batch // world(), -1, None
     for step in range(start, steps):
         keys = []
@@ -301,16 +322,17 @@ def order(n, batch, start, steps, seed):
 
 
 def quiet_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Run:
     """One training run: its device, processes, random state, folder, log, checkpoints and progress bar.
 
-    The folder is made when the first step begins, so that bad input leaves nothing behind. It holds args.json, log.jsonl
-    and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step", "state" (what resuming needs), "rng"}.
-    Raises ValueError where the folder already holds a run, or another process writes there.
+    The folder is made when the first step begins, so that bad input leaves nothing behind. It holds
+    args.json, log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step",
+    "state" (what resuming needs), "rng"}. Raises ValueError where the folder already holds a run, or another
+    process writes there.
     """
 
     def __init__(self, method, args):
@@ -330,18 +352,16 @@ class Run:
             self.loaded = load_checkpoint(self.folder, method)
         signal.signal(signal.SIGINT, self._signal)
         signal.signal(signal.SIGTERM, self._signal)
-        self.say(f"{method} on {args.data} with {args.arch}, seed {args.seed}, {self.device}, "
-                 f"{self.world} process{'es' * (self.world > 1)}, torch {torch.__version__}"
-                 + ("" if args.bench else f", folder {self.folder}"))
 
     def _choose_folder(self):
         args = self.args
         name = f"runs/{self.method}-{Path(args.data).resolve().name if os.path.isdir(args.data) else args.data}"
         folder = Path(args.out or f"{name}-{args.arch}-{args.seed}")
         if args.out and not args.resume and (folder / "last.pt").exists():
-            raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose another --out")
+            raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose "
+                             "another --out")
         number, base = 2, folder
-        while not args.out and folder.exists():                   # nothing is written over: a second run gets a number
+        while not args.out and folder.exists():  # nothing is written over: a second run gets a number
             folder, number = Path(f"{base}-{number}"), number + 1
         if self.world > 1:
             box = [str(folder)]
@@ -350,13 +370,18 @@ class Run:
         return folder
 
     def _open_folder(self):
+        if self.phase == 0:
+            self.say(f"{self.method} on {self.args.data} with {self.args.arch}, seed {self.args.seed}, "
+                     f"{self.device}, {self.world} process{'es' * (self.world > 1)}, torch "
+                     f"{torch.__version__}"
+                     + ("" if self.args.bench else f", folder {self.folder}"))
         if self.lock or self.rank or self.args.bench:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
         lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
-        if self.loaded:                                           # steps after the checkpoint will be done again
+        if self.loaded:  # steps after the checkpoint will be done again
             done = (self.loaded["phase"], self.loaded["step"])
             lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
         write(self.folder / "log.jsonl", "".join(x + "\n" for x in lines if self.loaded).encode())
@@ -387,8 +412,9 @@ class Run:
         """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
 
         phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them.
-        state: modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had finished
-        restores its state and yields nothing. With --bench, a few batches are held in memory and timed.
+        state: modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had
+        finished restores its state and yields nothing. With --bench, a few batches are held in memory and
+        timed.
         """
         self.state.update(state)
         self.phase, self.step, self.total, self.name = self.phase + 1, 0, total, phase
@@ -401,14 +427,15 @@ class Run:
             set_rng(self.loaded["rng"])
             self.loaded = None
         elif not self.args.bench:
-            self.save()                                           # so that a run can be resumed from its first step on
+            self.save()  # so that a run can be resumed from its first step on
         keys = list(order(len(dataset), self.args.batch_size, self.step, self.step + 3, self.args.seed)) \
             if self.args.bench else order(len(dataset), self.args.batch_size, self.step, total,
                                           self.args.seed * 10_000_019 + self.phase * 1_000_003)
         loader = torch.utils.data.DataLoader(
             Drawn(dataset), batch_sampler=keys if self.args.bench else list_once(keys, total - self.step),
             num_workers=0 if self.args.bench else self.args.workers, pin_memory=self.device.type == "cuda",
-            worker_init_fn=quiet_worker, generator=torch.Generator())   # its own generator: ours stays untouched
+            # its own generator: ours stays untouched
+            worker_init_fn=quiet_worker, generator=torch.Generator())
         if self.args.bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
             return
@@ -445,12 +472,12 @@ class Run:
     def finite(self, batch, **terms):
         """Note the terms of the loss for the log. False: one is not finite, so the step must not be taken.
 
-        Raises FloatingPointError with the step, the term and the files once more than --skip-bad-steps were bad. Reading
-        the terms is the one synchronisation of a step; the next batch is being loaded meanwhile.
+        Raises FloatingPointError with the step, the term and the files once more than --skip-bad-steps were
+        bad. Reading the terms is the one synchronisation of a step; the next batch is being loaded meanwhile.
         """
         values = torch.stack([torch.as_tensor(t, device=self.device).detach().float() for t in terms.values()]).tolist()
         bad = [name for name, value in zip(terms, values) if not math.isfinite(value)]
-        if self.world > 1:                                        # all processes skip, and stop, at the same step
+        if self.world > 1:  # all processes skip, and stop, at the same step
             flags = torch.tensor([len(bad), self.stop], device=self.device)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             bad, self.stop = bad or ["another process's loss"] * int(flags[0] > 0), int(flags[1])
@@ -460,9 +487,9 @@ class Run:
         self.bad += 1
         text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: {', '.join(batch['path'])}"
         if self.bad > self.args.skip_bad_steps:
-            self.save()                                           # the weights are those of the last good step
-            raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower --lr, "
-                                     f"or leave such steps out with --skip-bad-steps")
+            self.save()  # the weights are those of the last good step
+            raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower "
+                                     f"--lr, or leave such steps out with --skip-bad-steps")
         self.say(f"left out {text}")
         return False
 
@@ -493,7 +520,8 @@ class Run:
 
     # -------------------------------- frozen features
     def features(self, backbone, dataset):
-        """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with --cache-features."""
+        """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with
+        --cache-features."""
         if self.args.compile:
             backbone = torch.compile(backbone)
         if self.args.cache_features and not self.args.bench:
@@ -532,9 +560,11 @@ class Run:
                    "peak_gb": peak_memory(self.device)}
         self.benched = {**getattr(self, "benched", {}), phase: figures}
         self.say(f"{phase}: {total:.1f} ms a step, {figures['images_per_second']:.1f} images/s, peak "
-                 f"{figures['peak_gb']:.2f} GB; " + ", ".join(f"{k} {v:.1f} ms ({v / total:.0%})" for k, v in ms.items())
-                 + (f"; step / backbone {figures['step_over_backbone']:.2f}" if figures["step_over_backbone"] else ""))
-        if self.args.json and self.rank == 0:                     # the figures of the phase "head", where there is one
+                 f"{figures['peak_gb']:.2f} GB; " + ", ".join(f"{k} {v:.1f} ms "
+                                                              f"({v / total:.0%})" for k, v in ms.items())
+                 + (f"; step / backbone "
+                    f"{figures['step_over_backbone']:.2f}" if figures["step_over_backbone"] else ""))
+        if self.args.json and self.rank == 0:  # the figures of the phase "head", where there is one
             main_phase = self.benched.get("head", figures)
             write(Path(self.args.json), json.dumps({**main_phase, "phases": self.benched}, indent=1).encode())
 
@@ -553,10 +583,11 @@ class list_once:
 
 
 class FeatureCache:
-    """Frozen features of every image of a data set as fp16 (n,D,h,w), computed once, kept in memory, on the GPU or in DIR.
+    """Frozen features of every image of a data set as fp16 (n,D,h,w), computed once, kept in memory, on the
+    GPU or in DIR.
 
-    Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their sizes, so
-    that a stale file is never used. Raises ValueError where the features would not fit.
+    Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their
+    sizes, so that a stale file is never used. Raises ValueError where the features would not fit.
     """
 
     def __init__(self, run, backbone, dataset):
@@ -568,8 +599,8 @@ class FeatureCache:
             shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])
         size, room = 2 * math.prod(shape), self._room(where)
         if size > 0.9 * room:
-            raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only {room / 1e9:.1f} GB are "
-                             f"free; take another place, or none")
+            raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only "
+                             f"{room / 1e9:.1f} GB are free; take another place, or none")
         file = None if where in ("ram", "gpu") else Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
         if file and file.exists() and file.stat().st_size == size:
             self.table = torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float16).view(shape)
@@ -582,7 +613,8 @@ class FeatureCache:
         else:
             self.table = torch.empty(shape, dtype=torch.float16, device=run.device if where == "gpu" else "cpu")
             self._fill(backbone, loader)
-        run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an image ({where})")
+        run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an "
+                f"image ({where})")
         dataset.read_images = False
 
     def _room(self, where):
@@ -599,7 +631,8 @@ class FeatureCache:
             with torch.no_grad(), self.run.autocast():
                 feats = backbone(batch["image"].to(self.run.device))
             if not torch.isfinite(feats).all():
-                raise FloatingPointError(f"the backbone's features are not finite; images: {', '.join(batch['path'])}")
+                raise FloatingPointError(f"the backbone's features are not finite; images: "
+                                         f"{', '.join(batch['path'])}")
             self.table[batch["index"].to(self.table.device)] = feats.half().to(self.table.device)
 
     def __call__(self, images, index):
@@ -625,7 +658,7 @@ def lock(folder):
     """Hold RUN/.lock as long as this process lives; the system frees it however the process ends."""
     handle = open(folder / ".lock", "w")
     try:
-        import fcntl                                              # not on Windows, where two runs are not kept apart
+        import fcntl  # not on Windows, where two runs are not kept apart
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
@@ -635,7 +668,8 @@ def lock(folder):
 
 
 def write(path, data):
-    """Write bytes to a temporary file beside `path`, then rename: whoever reads `path` finds the old or the new whole."""
+    """Write bytes to a temporary file beside `path`, then rename: whoever reads `path` finds the old or the
+    new whole."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -649,7 +683,7 @@ def write(path, data):
 
 
 def save(content, path):
-    buffer = io.BytesIO()                                         # in memory first: torch.save may abort on a full disk
+    buffer = io.BytesIO()  # in memory first: torch.save may abort on a full disk
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
 
@@ -661,8 +695,9 @@ def load_checkpoint(folder, method=None):
         raise FileNotFoundError(f"{path} does not exist: {folder} holds no trained run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                    # truncated, a pickle with code, no checkpoint at all
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or not ours") \
+    except Exception as error:  # truncated, a pickle with code, no checkpoint at all
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
+                         "not ours") \
             from None
     if not isinstance(content, dict) or not {"method", "args", "model", "phase", "step", "state", "rng"} <= set(content):
         raise ValueError(f"{path} is not a checkpoint of this project")
@@ -680,7 +715,8 @@ def load_trained(module, saved, path):
     """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
     own = trained(module)
     for key in sorted(set(own) ^ set(saved)):
-        raise ValueError(f"{path} does not fit: {key} is {'missing' if key in own else 'unknown to this model'}")
+        raise ValueError(f"{path} does not fit: {key} is "
+                         f"{'missing' if key in own else 'unknown to this model'}")
     for key in own:
         if not torch.is_tensor(saved[key]) or own[key].shape != saved[key].shape or own[key].dtype != saved[key].dtype:
             raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
@@ -713,30 +749,33 @@ def versions(device):
 
 # ---------------------------------------------------------------- frozen backbones
 
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]         # ImageNet's, which every backbone here was trained with
+# ImageNet's, which every backbone here was trained with
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Backbone(nn.Module):
-    """What all backbones share: they stay in eval mode, want sides that are multiples of .patch, and give attention.
+    """What all backbones share: they stay in eval mode, want sides that are multiples of .patch, and give
+    attention.
 
-    .dim is D, .patch is p (pixels of a side of a patch), .prefix is the number of tokens before those of the patches.
+    .dim is D, .patch is p (pixels of a side of a patch), .prefix is the number of tokens before those of the
+    patches.
     """
     prefix = 0
 
-    def train(self, mode=True):                                   # also inside a model that trains: batch norm is frozen
+    def train(self, mode=True):  # also inside a model that trains: batch norm is frozen
         return super().train(False)
 
     def grid(self, images):
         h, w = images.shape[-2] / self.patch, images.shape[-1] / self.patch
         if h != int(h) or w != int(w):
-            raise ValueError(f"an image of {images.shape[-2]}x{images.shape[-1]} pixels does not divide into patches of "
-                             f"{self.patch}; take a multiple of {self.patch} for --size")
+            raise ValueError(f"an image of {images.shape[-2]}x{images.shape[-1]} pixels does not divide "
+                             f"into patches of {self.patch}; take a multiple of {self.patch} for --size")
         return int(h), int(w)
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Without attention of its own a backbone gets the
-        soft-max over the cosine similarity of its features, as one head without prefix tokens."""
+        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Without attention of its own a backbone gets
+        the soft-max over the cosine similarity of its features, as one head without prefix tokens."""
         feats = self(images)
         unit = F.normalize(feats.flatten(2), dim=1)               # (B,D,N)
         return feats, (unit.transpose(1, 2) @ unit).softmax(-1)[:, None]
@@ -748,7 +787,8 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def queries_keys_values(self, x, rotary):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each (B,heads,T,D/heads)
+        # each (B,heads,T,D/heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
 
     def forward(self, x, rotary=None):
@@ -756,12 +796,13 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def map(self, x, rotary=None):
-        q, k, _ = self.queries_keys_values(x, rotary)             # the fused attention above never forms this matrix
+        q, k, _ = self.queries_keys_values(x, rotary)  # the fused attention above never forms this matrix
         return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)                    # (B,heads,T,T)
 
 
 def rotate(x, sin, cos):
-    """Rotary positions for the last N of (B,heads,T,d) tokens, channel c paired with c + d/2; sin, cos (N,d)."""
+    """Rotary positions for the last N of (B,heads,T,d) tokens, channel c paired with c + d/2; sin, cos
+    (N,d)."""
     prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
@@ -808,9 +849,10 @@ class Block(nn.Module):
 class ViT(Backbone):
     """(B,3,H,W) -> (B,D,h,w): the patch tokens after the last block and the final norm.
 
-    Parameters carry the names of DINO's state dict. `side` is the side of the stored table of positions in patches
-    (default: 224 pixels), `position` the rule of the authors for another grid: offset (DINO's scale (h + 0.1) / side),
-    size, antialias, or rotary (no table). SelfPatch has neither class token nor final norm.
+    Parameters carry the names of DINO's state dict. `side` is the side of the stored table of positions in
+    patches (default: 224 pixels), `position` the rule of the authors for another grid: offset (DINO's scale
+    (h + 0.1) / side), size, antialias, or rotary (no table). SelfPatch has neither class token nor final
+    norm.
     """
     def __init__(self, dim, depth, heads, patch, side=None, position="offset", cls=True, registers=0,
                  layer_scale=False, swiglu=False, norm=True, eps=1e-6):
@@ -846,14 +888,16 @@ class ViT(Backbone):
         return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
 
     def rotary(self, h, w):
-        """sin and cos (N, D/heads) of the angles: y of the patch centre first, then x, both in (-1, 1); DINOv3."""
+        """sin and cos (N, D/heads) of the angles: y of the patch centre first, then x, both in (-1, 1);
+        DINOv3."""
         y, x = (((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1) for n in (h, w))
         centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)        # (N,2)
         angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
         return angles.sin(), angles.cos()
 
     def tokens(self, images, with_map=False):
-        """-> all tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h, w)."""
+        """-> all tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h,
+        w)."""
         h, w = self.grid(images)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)                     # (B,N,D)
         cls = [self.cls_token.expand(len(x), -1, -1)] if hasattr(self, "cls_token") else []
@@ -861,7 +905,7 @@ class ViT(Backbone):
         rotary = self.rotary(h, w) if self.position == "rotary" else None
         if rotary is None:
             x = x + self.positions(h, w)
-        if hasattr(self, "register_tokens"):                      # between class token and patches; they have no position
+        if hasattr(self, "register_tokens"):  # between class token and patches; they have no position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks[:-1]:
             x = block(x, rotary)
@@ -874,19 +918,21 @@ class ViT(Backbone):
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block (B, heads, prefix + N, prefix + N)."""
+        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block (B, heads, prefix + N,
+        prefix + N)."""
         tokens, attention, grid = self.tokens(images, with_map=True)
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
 
 
 class ResNet50(Backbone):
-    """torchvision's ResNet-50 at output stride 8 (dilation in the last two stages): (B,3,H,W) -> (B,2048,H/8,W/8)."""
+    """torchvision's ResNet-50 at output stride 8 (dilation in the last two stages): (B,3,H,W) ->
+    (B,2048,H/8,W/8)."""
     dim, patch = 2048, 8
 
     def __init__(self):
         super().__init__()
         net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
-        for name, child in net.named_children():                  # own attributes, so that names stay torchvision's
+        for name, child in net.named_children():  # own attributes, so that names stay torchvision's
             if name not in ("avgpool", "fc"):
                 self.add_module(name, child)
 
@@ -899,9 +945,9 @@ class ResNet50(Backbone):
 class DCT8(Backbone):
     """A backbone without weights: what the 8x8 DCT says about a patch. (B,3,H,W) -> (B,2*C,H/8,W/8).
 
-    C = 12: mean colour, log energy of nine bands of the luminance (three octaves, three orientations); the other half is
-    their average over the 5x5 patches around. The constant makes the energies of drawn scenes zero on average, so that
-    cosines between patches take both signs.
+    C = 12: mean colour, log energy of nine bands of the luminance (three octaves, three orientations); the
+    other half is their average over the 5x5 patches around. The constant makes the energies of drawn scenes
+    zero on average, so that cosines between patches take both signs.
     """
     patch = 8
 
@@ -911,8 +957,9 @@ class DCT8(Backbone):
         basis = torch.cos(torch.pi * k[:, None] * (k + 0.5) / 8) * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()
         self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
         v, u = k.repeat(8), k.repeat_interleave(8)
-        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))        # 0: the mean, 1, 2..3, 4..7
-        lean = (u > 2 * v).long() - (v > 2 * u).long()            # mostly vertical, diagonal, mostly horizontal change
+        # 0: the mean, 1, 2..3, 4..7
+        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))
+        lean = (u > 2 * v).long() - (v > 2 * u).long()  # mostly vertical, diagonal, mostly horizontal change
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
         self.register_buffer("bands", F.one_hot(band + 1, 10)[:, 1:].float().T.reshape(9, 64, 1, 1))
         self.register_buffer("grey", torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD)
@@ -928,9 +975,10 @@ class DCT8(Backbone):
         return torch.cat((own, around), 1)
 
 
-# ---------------------------------------------------------------- which backbones there are, and their weights
+# ---------------------------------------------------------------- which backbones there are, and their
+# weights
 
-SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}         # width, blocks; a head has 64 channels everywhere
+SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}  # width, blocks; a head has 64 channels everywhere
 V2 = dict(side=37, layer_scale=True)
 V3 = dict(position="rotary", registers=4, layer_scale=True, eps=1e-5)
 FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(position="size"),
@@ -994,19 +1042,21 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     """A frozen backbone in eval mode with .dim and .patch: (B,3,H,W), ImageNet-normalised -> (B,D,h,w).
 
     arch     a name in ARCHS
-    weights  None: the authors' file, downloaded on first use; a file in any published layout; "none": untrained
+    weights  None: the authors' file, downloaded on first use; a file in any published layout; "none":
+    untrained
     depth    keep the first `depth` blocks of a ViT, then its final norm
     heads    heads of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
     Raises ValueError for an unknown name or for weights that are not the whole of this architecture.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}{nearest(arch, ARCHS)}")
-    with torch.random.fork_rng(devices=[]):                       # same untrained network always, the caller's draws untouched
+    with torch.random.fork_rng(devices=[]):  # same untrained network always, the caller's draws untouched
         torch.default_generator.manual_seed(0)
         backbone = build(arch, heads)
     if depth and not (isinstance(backbone, ViT) and depth <= len(backbone.blocks)):
         raise ValueError(f"--depth {depth} does not go with {arch}, which has "
-                         + (f"{len(backbone.blocks)} blocks" if isinstance(backbone, ViT) else "no transformer blocks"))
+                         + (f"{len(backbone.blocks)} "
+                            "blocks" if isinstance(backbone, ViT) else "no transformer blocks"))
     if arch != "dct8" and weights != "none":
         load_weights(backbone, weights or published(arch), arch)
     if depth:
@@ -1017,7 +1067,8 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
 # ---------------------------------------------------------------- reading weights
 
 class Inert:
-    """Stands for every Python object pickled beside the tensors of a checkpoint: it keeps its state and does nothing."""
+    """Stands for every Python object pickled beside the tensors of a checkpoint: it keeps its state and does
+    nothing."""
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
@@ -1036,19 +1087,23 @@ class Inert:
     extend = update = append
 
 
-# what trainers leave in checkpoints (options, callbacks, counters); a file that names anything else is refused
+# what trainers leave in checkpoints (options, callbacks, counters); a file that names anything else is
+# refused
 HARMLESS = re.compile(r"(argparse|collections|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch|torchmetrics|"
                       r"typing)\..+|(builtins|__builtin__)\.(bool|complex|dict|float|frozenset|int|list|object|set|str|tuple)")
 
 
 def read_tensors(path):
-    """What a published checkpoint holds, tensors and plain values; objects of trainers come as Inert, nothing is run.
+    """What a published checkpoint holds, tensors and plain values; objects of trainers come as Inert, nothing
+    is run.
 
-    Reads torch.save's files (weights_only=True always) and safetensors. Raises FileNotFoundError or ValueError.
+    Reads torch.save's files (weights_only=True always) and safetensors. Raises FileNotFoundError or
+    ValueError.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}" + (" (it is a directory)" if path.is_dir() else ""))
+        raise FileNotFoundError(f"there is no weights file {path}" + (" (it is a "
+                                                                      "directory)" if path.is_dir() else ""))
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -1060,22 +1115,25 @@ def read_tensors(path):
                              "it may be damaged, or a page saved instead of the file") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:                                             # files from before torch 1.6 are no zip archives
-        raise ValueError(f"{path} holds Python objects beside its tensors, in torch's old format; nothing was run. Save "
-                         "its tensors alone to use it") from None
+    except Exception:  # files from before torch 1.6 are no zip archives
+        raise ValueError(f"{path} holds Python objects beside its tensors, in torch's old format; nothing "
+                         "was run. Save its tensors alone to use it") from None
     alien = [name for name in names if not HARMLESS.fullmatch(name)]
     if alien:
-        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; refused, nothing was run")
+        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; refused, "
+                         "nothing was run")
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read without running the objects in it ({type(error).__name__}); refused") \
+        raise ValueError(f"{path} cannot be read without running the objects in it "
+                         f"({type(error).__name__}); refused") \
             from None
 
 
 def read_safetensors(path):
-    """8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the data, all little-endian."""
+    """8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the data, all
+    little-endian."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     raw, tensors = path.read_bytes(), {}
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -1098,7 +1156,7 @@ RENAME = [(re.compile(a), b) for a, b in (
     (r"^embeddings\.", ""), (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
     (r"^position_embeddings$", "pos_embed"), (r"^(reg_token|storage_tokens)$", "register_tokens"),
     (r"^rope_embed\.periods$", "periods"), (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # training files of DINOv2 hold the blocks in chunks
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # training files of DINOv2 hold the blocks in chunks
     (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."), (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, which it contains
     (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
@@ -1112,7 +1170,8 @@ DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder
 
 
 def backbone_tensors(content):
-    """The tensors of the backbone in a checkpoint: out of their wrapper, without common prefixes, heads dropped."""
+    """The tensors of the backbone in a checkpoint: out of their wrapper, without common prefixes, heads
+    dropped."""
     for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -1121,7 +1180,8 @@ def backbone_tensors(content):
     for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.", "dinov2.",
                    "dinov2_with_registers.", "dinov3_vit."):
         inside = {k[len(prefix):]: v for k, v in state.items() if str(k).startswith(prefix)}
-        if inside and not any(k.startswith("layer.") for k in inside):   # (model.layer.N of transformers' DINOv3 stays)
+        # (model.layer.N of transformers' DINOv3 stays)
+        if inside and not any(k.startswith("layer.") for k in inside):
             state = inside
     return {str(k): v for k, v in state.items() if not DROP.match(str(k))}
 
@@ -1135,22 +1195,23 @@ def dino_names(state, model):
             name = pattern.sub(ours, name)
         out[re.sub(r"(?<=\.mlp\.)\w+", lambda m: mlp.get(m[0], m[0]), name)] = tensor
     out = {k: v for k, v in out.items() if not DROP.match(k)}
-    if "reg_token" in state and "pos_embed" in out:               # timm has added the class token's position to the token
+    if "reg_token" in state and "pos_embed" in out:  # timm has added the class token's position to the token
         out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
     for i in range(len(model.blocks)):
         at = f"blocks.{i}.attn."
         for kind in ("weight", "bias"):
             parts = {x: out.pop(f"{at}{x}.{kind}") for x in "qkv" if f"{at}{x}.{kind}" in out}
-            if parts:                                             # DINOv3's keys have no bias, and some files leave it out
+            if parts:  # DINOv3's keys have no bias, and some files leave it out
                 zero = torch.zeros_like(next(iter(parts.values())))
                 out[f"{at}qkv.{kind}"] = torch.cat([parts.get(x, zero) for x in "qkv"])
         if model.position == "rotary":
             bias = out.get(at + "qkv.bias", torch.zeros(3 * model.dim)).clone()
-            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)             # NaN: never filled in, no mask
+            # NaN: never filled in, no mask
+            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)
             bias[model.dim:2 * model.dim] = 0
             out[at + "qkv.bias"] = bias
     if model.position == "rotary":
-        out.setdefault("periods", model.periods)                  # the authors' files hold them rounded to bf16
+        out.setdefault("periods", model.periods)  # the authors' files hold them rounded to bf16
     return out
 
 
@@ -1163,12 +1224,14 @@ def traits(state):
     return {"kind": "ViT", "width": conv[0], "patch": conv[3],
             "blocks": len({k.split(".")[1] for k in shape if k.startswith("blocks.")}),
             "class token": "cls_token" in shape, "registers": (*shape.get("register_tokens", ()), 0, 0)[1],
-            "position table": (*shape.get("pos_embed", ()), 0, 0)[1], "LayerScale": any("ls1." in k for k in shape),
+            "position "
+            "table": (*shape.get("pos_embed", ()), 0, 0)[1], "LayerScale": any("ls1." in k for k in shape),
             "SwiGLU": any(".mlp.w1." in k for k in shape), "final norm": "norm.weight" in shape}
 
 
 def load_weights(model, path, arch):
-    """Fill `model` from a file in any published layout, completely or not at all: ValueError names what differs."""
+    """Fill `model` from a file in any published layout, completely or not at all: ValueError names what
+    differs."""
     state, wanted = backbone_tensors(read_tensors(path)), model.state_dict()
     try:
         state = dino_names(state, model) if isinstance(model, ViT) else state
@@ -1186,8 +1249,10 @@ def load_weights(model, path, arch):
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or name not in optional and not (
                 tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{path} is no trained {arch}: {name} is not made of finite floating-point numbers")
-    model.load_state_dict({**{k: wanted[k] for k in optional}, **state}, strict=True)       # fp16 becomes float32 here
+            raise ValueError(f"{path} is no trained {arch}: {name} is not made of finite floating-point "
+                             "numbers")
+    # fp16 becomes float32 here
+    model.load_state_dict({**{k: wanted[k] for k in optional}, **state}, strict=True)
 
 
 # ---------------------------------------------------------------- downloads
@@ -1206,7 +1271,8 @@ def published(arch):
     Where no sha256 is published, the one of the first download is kept beside the file in NAME.sha256.
     """
     if isinstance(ARCHS[arch], str):
-        raise ValueError(f"the weights of {arch} cannot be fetched for you: get them from {ARCHS[arch]} and give --weights FILE")
+        raise ValueError(f"the weights of {arch} cannot be fetched for you: get them from {ARCHS[arch]} and "
+                         "give --weights FILE")
     url, size, sha256 = ARCHS[arch]
     name = url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / (f"{arch}_{name}" if name.startswith("checkpoint") else name)
@@ -1218,22 +1284,23 @@ def published(arch):
             raise OSError(f"{error}; for {arch} put the file at {path} or give --weights FILE") from None
     digest, first = sha256_of(path), note.read_text().strip() if note.exists() else sha256 or ""
     if not digest.startswith(first):
-        raise ValueError(f"{path} is not the file it should be (sha256 {digest[:8]}..., not {first[:8]}...); delete it "
-                         f"{'and ' + note.name if note.exists() else ''} to fetch it again".replace("  ", " "))
+        raise ValueError(f"{path} is not the file it should be (sha256 {digest[:8]}..., not "
+                         f"{first[:8]}...); delete it {'and ' + note.name if note.exists() else ''} to "
+                         "fetch it again".replace("  ", " "))
     if not note.exists():
         note.write_text(digest + "\n")
     return path
 
 
 def download(url, path, sha256=None, size=None):
-    """Fetch `url` to `path`, going on where a killed download ended (PATH.part). The file appears under its name only
-    when its length (`size` in bytes, or what the server says) and its sha256 (or the first digits of it) are right.
-    Raises OSError with one line."""
+    """Fetch `url` to `path`, going on where a killed download ended (PATH.part). The file appears under its
+    name only when its length (`size` in bytes, or what the server says) and its sha256 (or the first digits
+    of it) are right. Raises OSError with one line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)                          # the processes of one run wait for the first
+        fcntl.flock(file, fcntl.LOCK_EX)  # the processes of one run wait for the first
         if path.exists():
             return
         have = file.tell()
@@ -1248,17 +1315,20 @@ def download(url, path, sha256=None, size=None):
                     while block := reply.read(1 << 20):
                         bar.update(file.write(block))
         except urllib.error.HTTPError as error:
-            if error.code == 416:                                 # nothing follows what is there: it is no part of this file
+            if error.code == 416:  # nothing follows what is there: it is no part of this file
                 part.unlink()
-            raise OSError(f"{url} answers {error.code} {error.reason}" + (", try again" * (error.code == 416))) from None
+            raise OSError(f"{url} answers {error.code} "
+                          f"{error.reason}" + (", try again" * (error.code == 416))) from None
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"{url} cannot be fetched ({getattr(error, 'reason', error)})") from None
         file.flush()
         have = part.stat().st_size
         if have < (size or total or 0):
-            raise OSError(f"{url} ended after {have} of {size or total} bytes; run it again to go on from there")
+            raise OSError(f"{url} ended after {have} of {size or total} bytes; run it again to go on from "
+                          "there")
         digest = sha256_of(part)
         if size and have != size or sha256 and not digest.startswith(sha256):
             part.unlink()
-            raise OSError(f"{url} gave another file than the published one ({have} bytes, sha256 {digest[:8]}...)")
+            raise OSError(f"{url} gave another file than the published one ({have} bytes, sha256 "
+                          f"{digest[:8]}...)")
         os.replace(part, path)
