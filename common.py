@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):                                     # one line instead of the whole usage
         unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
         near = [n for u in unknown for n in difflib.get_close_matches(u, self._option_string_actions, 1)]
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; python {self.prog} --help lists the options"
-        self.exit(2, f"error: {message}{hint}\n")
+        hint = f"did you mean {', '.join(near)}?" if near else f"python {self.prog} --help lists the options"
+        self.exit(2, f"error: {message}; {hint}\n")
 
 
 def whole(low):
@@ -355,8 +355,8 @@ class Run:
 
     def _choose_folder(self):
         args = self.args
-        name = f"runs/{self.method}-{Path(args.data).resolve().name if os.path.isdir(args.data) else args.data}"
-        folder = Path(args.out or f"{name}-{args.arch}-{args.seed}")
+        name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
+        folder = Path(args.out or f"runs/{self.method}-{name}-{args.arch}-{args.seed}")
         if args.out and not args.resume and (folder / "last.pt").exists():
             raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose "
                              "another --out")
@@ -380,12 +380,13 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
-        lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
+        log = self.folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
         if self.loaded:  # steps after the checkpoint will be done again
             done = (self.loaded["phase"], self.loaded["step"])
             lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
-        write(self.folder / "log.jsonl", "".join(x + "\n" for x in lines if self.loaded).encode())
-        self.log = open(self.folder / "log.jsonl", "a", buffering=1)
+        write(log, "".join(x + "\n" for x in lines if self.loaded).encode())
+        self.log = open(log, "a", buffering=1)
 
     def _signal(self, number, frame):
         if self.stop or not self.stepping:                        # second Ctrl-C, or no step is under way
@@ -406,7 +407,8 @@ class Run:
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        cuda = self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
 
     def steps(self, phase, total, dataset, **state):
         """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
@@ -439,7 +441,8 @@ class Run:
         if self.args.bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
             return
-        bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", disable=self.rank > 0, dynamic_ncols=True)
+        bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", dynamic_ncols=True,
+                   disable=self.rank > 0)
         last, last_step = time.perf_counter(), self.step
         self.stepping = True
         try:
@@ -467,7 +470,8 @@ class Run:
         for text in set(batch.get("error", ())) - {""} - self.reported:
             self.reported.add(text)
             self.say(f"skipped an unreadable image: {text}")
-        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return {name: x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x
+                for name, x in batch.items()}
 
     def finite(self, batch, **terms):
         """Note the terms of the loss for the log. False: one is not finite, so the step must not be taken.
@@ -475,7 +479,8 @@ class Run:
         Raises FloatingPointError with the step, the term and the files once more than --skip-bad-steps were
         bad. Reading the terms is the one synchronisation of a step; the next batch is being loaded meanwhile.
         """
-        values = torch.stack([torch.as_tensor(t, device=self.device).detach().float() for t in terms.values()]).tolist()
+        values = [torch.as_tensor(term, device=self.device).detach().float() for term in terms.values()]
+        values = torch.stack(values).tolist()
         bad = [name for name, value in zip(terms, values) if not math.isfinite(value)]
         if self.world > 1:  # all processes skip, and stop, at the same step
             flags = torch.tensor([len(bad), self.stop], device=self.device)
@@ -485,7 +490,8 @@ class Run:
             self.terms = dict(zip(terms, values))
             return True
         self.bad += 1
-        text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: {', '.join(batch['path'])}"
+        text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
+        text += ", ".join(batch["path"])
         if self.bad > self.args.skip_bad_steps:
             self.save()  # the weights are those of the last good step
             raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower "
@@ -495,16 +501,16 @@ class Run:
 
     def _log(self, **more):
         if self.log:
-            self.log.write(json.dumps({"phase": self.name, "number": self.phase, "step": self.step, **self.terms, **more})
-                           + "\n")
+            entry = {"phase": self.name, "number": self.phase, "step": self.step, **self.terms, **more}
+            self.log.write(json.dumps(entry) + "\n")
 
     def save(self):
         """Write RUN/last.pt: to a temporary file, then renamed, so that a whole checkpoint always exists."""
         if self.rank or self.args.bench:
             return
         saved = {name: trained(x) if hasattr(x, "state_dict") else x for name, x in self.state.items()}
-        save({"method": self.method, "args": vars(self.args), "model": saved.get("model"), "phase": self.phase,
-              "step": self.step, "state": saved, "rng": get_rng()}, self.folder / "last.pt")
+        save({"method": self.method, "args": vars(self.args), "model": saved.get("model"), "state": saved,
+              "phase": self.phase, "step": self.step, "rng": get_rng()}, self.folder / "last.pt")
 
     def _restore(self, state):
         for name, x in state.items():
@@ -554,7 +560,8 @@ class Run:
         ms = {part: 1000 * seconds / self.args.bench for part, seconds in self.timer.items()}
         self.timer, total = None, sum(ms.values())
         figures = {"phase": phase, "method": self.method, "arch": self.args.arch, "size": self.args.size,
-                   "batch_size": self.args.batch_size, "device": str(self.device), "threads": torch.get_num_threads(),
+                   "batch_size": self.args.batch_size, "device": str(self.device),
+                   "threads": torch.get_num_threads(),
                    "ms": {**ms, "step": total}, "images_per_second": 1000 * self.args.batch_size / total,
                    "step_over_backbone": total / ms["backbone"] if ms.get("backbone") else None,
                    "peak_gb": peak_memory(self.device)}
@@ -592,27 +599,26 @@ class FeatureCache:
 
     def __init__(self, run, backbone, dataset):
         self.run, where = run, run.args.cache_features
-        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers, worker_init_fn=quiet_worker,
-                                             generator=torch.Generator())
-        shape = None
+        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers,
+                                             worker_init_fn=quiet_worker, generator=torch.Generator())
         with torch.no_grad(), run.autocast():
             shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])
         size, room = 2 * math.prod(shape), self._room(where)
         if size > 0.9 * room:
             raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only "
                              f"{room / 1e9:.1f} GB are free; take another place, or none")
-        file = None if where in ("ram", "gpu") else Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
-        if file and file.exists() and file.stat().st_size == size:
-            self.table = torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float16).view(shape)
-        elif file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part")
-            self.table = torch.from_file(str(part), shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
-            self._fill(backbone, loader)
-            os.replace(part, file)
-        else:
+        if where in ("ram", "gpu"):
             self.table = torch.empty(shape, dtype=torch.float16, device=run.device if where == "gpu" else "cpu")
             self._fill(backbone, loader)
+        else:
+            file = Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
+            if not file.exists() or file.stat().st_size != size:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_suffix(f".{os.getpid()}.part")
+                self.table = map_file(part, shape, shared=True)
+                self._fill(backbone, loader)
+                os.replace(part, file)
+            self.table = map_file(file, shape, shared=False)
         run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an "
                 f"image ({where})")
         dataset.read_images = False
@@ -624,10 +630,11 @@ class FeatureCache:
             return torch.cuda.mem_get_info(self.run.device)[0]
         if where == "ram":
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return shutil.disk_usage(next(p for p in [Path(where), *Path(where).resolve().parents] if p.exists())).free
+        folders = [Path(where), *Path(where).resolve().parents]
+        return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
 
     def _fill(self, backbone, loader):
-        for batch in tqdm(loader, desc="features", unit="batch", disable=self.run.rank > 0, dynamic_ncols=True):
+        for batch in tqdm(loader, "features", unit="batch", disable=self.run.rank > 0, dynamic_ncols=True):
             with torch.no_grad(), self.run.autocast():
                 feats = backbone(batch["image"].to(self.run.device))
             if not torch.isfinite(feats).all():
@@ -639,7 +646,17 @@ class FeatureCache:
         return self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
 
 
+def map_file(path, shape, shared):
+    """fp16 numbers in a file as a tensor of this shape; the system reads what is used. shared: writing
+    reaches the file."""
+    size = math.prod(shape)
+    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.float16).view(shape)
+
+
 # ---------------------------------------------------------------- files
+
+CHECKPOINT = {"method", "args", "model", "phase", "step", "state", "rng"}
+
 
 def fingerprint(backbone, dataset):
     """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
@@ -699,7 +716,7 @@ def load_checkpoint(folder, method=None):
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
                          "not ours") \
             from None
-    if not isinstance(content, dict) or not {"method", "args", "model", "phase", "step", "state", "rng"} <= set(content):
+    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
@@ -718,7 +735,8 @@ def load_trained(module, saved, path):
         raise ValueError(f"{path} does not fit: {key} is "
                          f"{'missing' if key in own else 'unknown to this model'}")
     for key in own:
-        if not torch.is_tensor(saved[key]) or own[key].shape != saved[key].shape or own[key].dtype != saved[key].dtype:
+        kind, found = (own[key].dtype, own[key].shape), saved[key]
+        if not torch.is_tensor(found) or (found.dtype, found.shape) != kind:
             raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
     module.load_state_dict(saved, strict=False)
 
@@ -737,14 +755,16 @@ def peak_memory(device):
     """Peak memory in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024                # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def versions(device):
     """What a figure depends on: versions, hardware, commit."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": git.stdout.strip() or "unknown",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"}
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "device": machine}
 
 
 # ---------------------------------------------------------------- frozen backbones
