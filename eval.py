@@ -579,10 +579,13 @@ def confusion_picture(confusion, names, title,
         for c in range(len(columns)):
             x, value = left + c * cell, share[r, c]
             shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))   # white to dark blue
-            draw.rectangle((x, y, x + cell, y + cell), shade, "red" if r == c else "lightgrey")
+            draw.rectangle((x, y, x + cell, y + cell), shade, "lightgrey")
             if value >= 0.005:
                 draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", "white" if value > 0.5 else "black",
                           font(size - 1), "mm")
+    for r in range(classes):                                                         # last: the frames stay whole
+        x, y = left + r * cell, top + r * cell
+        draw.rectangle((x, y, x + cell, y + cell), None, "red")
     return picture
 
 
@@ -1170,25 +1173,25 @@ def precision_recall(features, labels, partner):
 
 def curve_picture(curves, title, size=420):
     """{name: (recall, precision, average precision)} -> a picture of the curves."""
-    colours = distinct(len(curves))
-    picture = Image.new("RGB", (size + 90, size + 90 + 22 * len(curves)), "white")
+    colours, left, top = distinct(len(curves)), 56, 62
+    picture = Image.new("RGB", (size + left + 34, size + top + 56 + 22 * len(curves)), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((60, 8), title, "black", font(15))
-    place = lambda x, y: (60 + x * size, 36 + (1 - y) * size)                        # noqa: E731
+    draw.text((10, 8), title, "black", font(15))
+    draw.text((10, 36), "precision", "black", font(13))
+    draw.text((left + size / 2, top + size + 30), "recall", "black", font(13), "mm")
+    place = lambda x, y: (left + x * size, top + (1 - y) * size)                     # noqa: E731
     for i in range(6):
         draw.line([place(i / 5, 0), place(i / 5, 1)], "lightgrey")
         draw.line([place(0, i / 5), place(1, i / 5)], "lightgrey")
-        draw.text(place(i / 5, -0.03), f"{i / 5:.1f}", "black", font(12), "mm")
-        draw.text(place(-0.02, i / 5), f"{i / 5:.1f}", "black", font(12), "rm")
-    draw.text(place(0.5, -0.07), "recall", "black", font(13), "mm")
-    draw.text((8, 36), "precision", "black", font(13), "lm")
+        draw.text((left + i / 5 * size, top + size + 12), f"{i / 5:.1f}", "black", font(12), "mm")
+        draw.text((left - 8, top + (1 - i / 5) * size), f"{i / 5:.1f}", "black", font(12), "rm")
     for i, (name, (recall, precision, average)) in enumerate(curves.items()):
         at = torch.searchsorted(recall, torch.linspace(0.005, 1, 200, dtype=recall.dtype, device=recall.device))
         at = at.clamp(max=len(recall) - 1)
-        draw.line([place(*xy) for xy in zip(recall[at].tolist(), precision[at].tolist())], tuple(colours[i].tolist()), 3)
-        y = size + 76 + 22 * i
-        draw.line([(60, y), (90, y)], tuple(colours[i].tolist()), 4)
-        draw.text((98, y), f"{name}: average precision {average:.3f}", "black", font(13), "lm")
+        colour, y = tuple(colours[i].tolist()), top + size + 56 + 22 * i
+        draw.line([place(*xy) for xy in zip(recall[at].tolist(), precision[at].tolist())], colour, 3)
+        draw.line([(left, y), (left + 30, y)], colour, 4)
+        draw.text((left + 38, y), f"{name}: average precision {average:.3f}", "black", font(13), "lm")
     return picture
 
 
