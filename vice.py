@@ -1,20 +1,20 @@
-"""ViCE: visual concept embeddings from raw images by swapped prediction of superpixels (Karlsson et al., arXiv 2111.12460).
+"""ViCE: visual concepts by swapped prediction of superpixels (Karlsson et al., arXiv 2111.12460).
 
-An image is cut into superpixels (SLIC). M square views around one point of it show some of them together. A CNN embeds
-every pixel; a superpixel is the mean embedding of its pixels. View 0's superpixels are assigned to K prototypes by
-Sinkhorn's optimal transport, and the other views, which see them with other context, scale and colour, must predict that
-assignment. Then the CNN is frozen, and clusters and a linear model are fitted on its embeddings. Nothing is pretrained
-unless you want it: --weights none starts from random numbers.
+An image is cut into superpixels (SLIC), and M square views around one point of it show some of them together.
+A CNN embeds every pixel; a superpixel is the mean embedding of its pixels. Sinkhorn's optimal transport
+assigns view 0's superpixels to K prototypes, and the other views, which see them with other context, scale
+and colour, must predict that assignment. Then the CNN is frozen, and clusters and a linear model are fitted on
+its embeddings. No label reaches the CNN, and with --weights none nothing is pretrained.
 
-    python vice.py                                                        # generated scenes, random weights
+    python vice.py                                        # generated scenes, from random weights
     python vice.py --data camvid --root data/camvid --weights resnet18.pth
-    python vice.py --data coco27 --root data/cocostuff                    # paper: 12.3 to 25.5 mIoU, not run here
+    python vice.py --data coco27 --root data/cocostuff    # paper: 12 to 25 mIoU, not run here
 """
 import common  # isort: skip  (first: it answers --help before torch is loaded)
 
 import json
 import math
-import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,26 +26,25 @@ from torchvision.transforms import v2
 
 import data
 import eval
-from eval import ClusterProbe
 
-# Letters: B images, M views of an image, h pixels along a view, D embedding width, K prototypes, R regions of an image,
-# S pixels along a region, s pixels along a crop before it is resized to h.
+# Letters: B images, M views of each, h pixels along a view, s along its crop before resizing, D embedding
+# width, K prototypes, R regions of an image, S pixels along a region.
 
 
 # ---------------------------------------------------------------- superpixels
 
 def slic(image, region_size=20, ruler=10, iterations=5):
-    """SLIC superpixels: uint8 RGB (H,W,3) -> labels (H,W), as OpenCV's SLIC gives them for the blurred BGR image.
+    """SLIC superpixels, uint8 RGB (H,W,3) -> labels (H,W): pixel for pixel what OpenCV's SLIC gives.
 
-    A label may lie in several pieces: connectivity is not enforced, as published. numpy in, numpy out; torch likewise.
-    All windows are evaluated at once; where they overlap, the smallest distance wins, among equals the first seed.
+    Published: on the blurred BGR image; connectivity is not enforced, so a label may lie in pieces. numpy in,
+    numpy out; torch likewise. All windows are evaluated at once: the smallest distance wins, then the seed.
     """
-    pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
-    # The 3x3 kernel has sigma 4 (84 88 84 / 256): the published code passes a border flag where OpenCV wants the sigma.
-    (H, W, _), S = pixels.shape, region_size
+    # sigma 4 (84 88 84 / 256) by accident: a border flag is passed where OpenCV wants the sigma
+    pixels, S = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32), region_size
+    H, W, _ = pixels.shape
     colour, centre = seeds(pixels, S)
-    side, wide = 2 * S, W + 4 * S                                  # of a window; of the padded image
-    padded = np.full((3, H + 4 * S, wide), np.inf, np.float32)     # outside, every distance is infinite
+    side, wide = 2 * S, W + 4 * S                              # of a window; of the padded image
+    padded = np.full((3, H + 4 * S, wide), np.inf, np.float32)             # outside, all is infinitely far
     padded[:, side:-side, side:-side] = pixels.transpose(2, 0, 1)
     windows = [np.lib.stride_tricks.sliding_window_view(plane, (side, side)) for plane in padded]
     span, count = np.arange(side), len(centre)
@@ -53,27 +52,25 @@ def slic(image, region_size=20, ruler=10, iterations=5):
     y, x = np.divmod(np.arange(H * W), W)
     planes, labels = pixels.reshape(-1, 3).T.astype(np.float64), np.zeros((H, W), np.int64)
     for _ in range(iterations):
-        left, top = centre.astype(np.int64).T - S                  # windows of [-S, S) around the truncated centre
-        parts = [window[top + side, left + side] for window in windows]                        # 3 x (n,2S,2S)
-        for part, value in zip(parts, colour.T):
-            part -= value[:, None, None]                           # in place: half the time
+        left, top = centre.astype(np.int64).T - S              # windows [-S, S) around the truncated centre
+        distance, *more = [window[top + side, left + side] for window in windows]              # (n,2S,2S)
+        for part, value in zip((distance, *more), colour.T):
+            part -= value[:, None, None]                       # in place: half the time
             part *= part
-        distance = parts[0]
-        distance += parts[1]
-        distance += parts[2]
         dx = ((left[:, None] + span).astype(np.float32) - centre[:, :1]) ** 2
         dy = ((top[:, None] + span).astype(np.float32) - centre[:, 1:]) ** 2
-        far = dx[:, None] + dy[..., None]
-        far /= weight
-        distance += far
-        key = distance.view(np.int32).astype(np.int64)             # bits of a positive float order like the float:
-        key <<= 32                                                 # one minimum over (distance, seed)
+        more.append(dx[:, None] + dy[..., None])
+        more[-1] /= weight
+        for part in more:
+            distance += part
+        key = distance.view(np.int32).astype(np.int64)         # a positive float's bits order as it does:
+        key <<= 32                                             # one minimum over (distance, seed)
         key |= ids
         where = ((top + side) * wide + left + side)[:, None, None] + span[:, None] * wide + span
         best = np.full(padded[0].size, np.iinfo(np.int64).max)
         np.minimum.at(best, where.ravel(), key.ravel())
         best = best.reshape(padded[0].shape)[side:-side, side:-side]
-        labels = np.where(best < np.iinfo(np.int64).max, best & 0xffffffff, labels)   # out of reach: as it was
+        labels = np.where(best < np.iinfo(np.int64).max, best & 0xffffffff, labels)  # unreached: as before
         flat = labels.ravel()
         size = np.bincount(flat, minlength=count).clip(1).astype(np.float32)[:, None]
         colour = np.stack([np.bincount(flat, plane, count) for plane in planes], 1).astype(np.float32) / size
@@ -82,7 +79,7 @@ def slic(image, region_size=20, ruler=10, iterations=5):
 
 
 def blur(image, edge, middle):
-    """uint8 (H,W,C) with the kernel (edge, middle, edge) / 256 in both directions, mirrored borders, rounded once."""
+    """uint8 (H,W,C) with the kernel (edge, middle, edge) / 256 both ways, mirrored borders, rounded once."""
     p = np.pad(image.astype(np.int32), ((1, 1), (1, 1), (0, 0)), "reflect")
     p = edge * (p[:-2] + p[2:]) + middle * p[1:-1]
     p = edge * (p[:, :-2] + p[:, 2:]) + middle * p[:, 1:-1]
@@ -90,13 +87,14 @@ def blur(image, edge, middle):
 
 
 def seeds(pixels, S):
-    """Starting colours (n,3) and places (n,2) as (x,y): a grid, each seed moved to a flatter diagonal neighbour."""
+    """Colours (n,3), places (n,2) as (x,y): a grid, each seed moved to a flatter diagonal neighbour."""
     H, W, _ = pixels.shape
     nx, ny = max(1, int(0.5 + W / S)), max(1, int(0.5 + H / S))
-    x, y = np.meshgrid(*(np.arange(n) * (S + int((side - S * n) / n)) + S // 2 for n, side in ((nx, W), (ny, H))))
+    x, y = np.meshgrid(*(np.arange(n) * (S + int((length - S * n) / n)) + S // 2
+                         for n, length in ((nx, W), (ny, H))))
     inside = (x < W) & (y < H)
+    n = inside.sum()                                          # seeds outside: black ones at (0,0), at the end
     place, colour = np.zeros((nx * ny, 2), int), np.zeros((nx * ny, 3), np.float32)
-    n = inside.sum()                                               # seeds outside become black ones at (0,0), at the end
     place[:n], colour[:n] = np.stack([x[inside], y[inside]], 1), pixels[y[inside], x[inside]]
     p = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), "reflect")
     edge = ((p[1:-1, 2:] - p[1:-1, :-2]) ** 2 + (p[2:, 1:-1] - p[:-2, 1:-1]) ** 2).sum(-1)
@@ -107,7 +105,7 @@ def seeds(pixels, S):
         better = edge[y + dy, x + dx] < best
         best[better] = edge[y + dy, x + dx][better]
         to[better] = place[better] + (dx, dy)
-    moved = (to != place).all(1)                                   # OpenCV moves a seed only if both x and y change
+    moved = (to != place).all(1)                               # OpenCV moves only if both x and y change
     place[moved] = to[moved]
     colour[moved] = pixels[place[moved, 1], place[moved, 0]]
     return colour, place.astype(np.float32)
@@ -123,22 +121,22 @@ def grid(H, W, S):
 # ---------------------------------------------------------------- views
 
 def content(picture):
-    """uint8 RGB (H,W,3) -> probability (H,W) of being the point all views show: high along edges, never zero.
+    """uint8 RGB (H,W,3) -> probability (H,W) of being the point that all views show: high along edges.
 
-    Canny's edges of a blurred grey image, one pixel thicker downwards (the published 3x3 dilation acts as 2x1), blurred.
+    Canny's edges, a pixel thicker downwards (the published 3x3 dilation acts as 2x1), blurred, plus 0.005.
     """
     grey = (blur(picture, 64, 128) @ np.array([0.299, 0.587, 0.114])).round()
     dx, dy = ndimage.sobel(grey, 1, mode="nearest"), ndimage.sobel(grey, 0, mode="nearest")
-    m = np.pad(dx * dx + dy * dy, 1)
-    at = lambda y, x: m[1 + y:m.shape[0] - 1 + y, 1 + x:m.shape[1] - 1 + x]                    # noqa: E731
-    peak = np.where(dx * dy < 0, (at(0, 0) > at(-1, 1)) & (at(0, 0) > at(1, -1)), (at(0, 0) > at(-1, -1)) & (at(0, 0) > at(1, 1)))
-    flat, steep = abs(dy) < 0.41421356 * abs(dx), abs(dy) > 2.41421356 * abs(dx)               # tan 22.5, tan 67.5 degrees
-    peak = np.where(flat, (at(0, 0) > at(0, -1)) & (at(0, 0) >= at(0, 1)), peak)
-    peak = np.where(steep, (at(0, 0) > at(-1, 0)) & (at(0, 0) >= at(1, 0)), peak)
-    weak = peak & (at(0, 0) > 10 ** 2)
-    parts, n = ndimage.label(weak, np.ones((3, 3)))
+    m = dx * dx + dy * dy
+    p = np.pad(m, 1)
+    at = lambda y, x: p[1 + y:p.shape[0] - 1 + y, 1 + x:p.shape[1] - 1 + x]                    # noqa: E731
+    tan = 0.41421356                                           # of 22.5 degrees: four directions of edges
+    peak = np.where(dx * dy < 0, m > np.maximum(at(-1, 1), at(1, -1)), m > np.maximum(at(-1, -1), at(1, 1)))
+    peak = np.where(abs(dy) < tan * abs(dx), (m > at(0, -1)) & (m >= at(0, 1)), peak)
+    peak = np.where(abs(dx) < tan * abs(dy), (m > at(-1, 0)) & (m >= at(1, 0)), peak)
+    parts, n = ndimage.label(peak & (m > 10 ** 2), np.ones((3, 3)))
     strong = np.zeros(n + 1, bool)
-    strong[parts[weak & (at(0, 0) > 50 ** 2)]] = True
+    strong[parts[peak & (m > 50 ** 2)]] = True
     edge = strong[parts]
     edge[1:] |= edge[:-1].copy()
     p = blur(edge[..., None] * np.uint8(255), 64, 128)[..., 0] / 255 + 0.005
@@ -146,26 +144,27 @@ def content(picture):
 
 
 def share(v):
-    """An angle of a von Mises draw in [-pi, pi] as a number in [0, 1]."""
+    """A von Mises draw in [-pi, pi] -> [0, 1]."""
     return (v + math.pi) / (2 * math.pi)
 
 
 def clip_centre(x, y, width, height, W, H):
-    """Move a centre so that the rectangle lies in the image; one that is too large begins at the left and top edge."""
-    return max(math.ceil(width / 2), min(int(x), int(W - width / 2))), max(math.ceil(height / 2), min(int(y), int(H - height / 2)))
+    """Move a centre so that its rectangle lies in the image; one too large starts at the left or top."""
+    x, y = min(int(x), int(W - width / 2)), min(int(y), int(H - height / 2))
+    return max(x, math.ceil(width / 2)), max(y, math.ceil(height / 2))
 
 
 def near(centre, s, i, others, angle, radius):
-    """Centre of view i + 1: in its own sector around view 0's centre, which it must contain. Two von Mises draws."""
+    """Centre of view i + 1, in a sector of its own around view 0's. angle, radius: von Mises draws."""
     t = math.pi / 2 - 2 * math.pi / others * (i + share(angle))
     r = s / 2 * share(radius)
     return centre[0] + int(r * math.cos(t)), centre[1] + int(r * math.sin(t))
 
 
 def mask_rectangle(s, h, largest, turn, radius, width, height):
-    """Noise rectangle (x0, y0, x1, y1) in a crop of side s. The paper's "25 %" bounds its sides, not its area.
+    """Noise rectangle (x0, y0, x1, y1) in a crop of side s; turn in [0,1], then three von Mises draws.
 
-    turn in [0,1], the rest von Mises draws. It is placed as if the crop had side h already, as in the published code.
+    The paper's "25 %" bounds its sides, not its area. It is placed as if the crop had side h: published.
     """
     w, v = int(largest * s * share(width)), int(largest * s * share(height))
     r, t = h / 2 * share(radius), 2 * math.pi * turn
@@ -174,108 +173,53 @@ def mask_rectangle(s, h, largest, turn, radius, width, height):
 
 
 def place_views(centres, sizes):
-    """Centres (x,y) and sides of the crops -> boxes (M,4) as x0 y0 x1 y1, and the rectangle (4,) that all of them show."""
+    """Centres (x,y) and sides of crops -> boxes (M,4) as x0 y0 x1 y1; the rectangle (4,) that all show."""
     (x, y), s = np.array(centres).T, np.array(sizes)
-    boxes = np.stack([x - s / 2, y - s / 2, x + s / 2, y + s / 2], 1).astype(int)              # truncated towards zero
+    boxes = np.stack([x - s / 2, y - s / 2, x + s / 2, y + s / 2], 1).astype(int)              # towards zero
     half = (s / 2).astype(int)
     return boxes, np.array([(x - half).max(), (y - half).max(), (x + half).min(), (y + half).min()])
 
 
 def crop(labels, box):
     """labels (H,W) -> (y1-y0, x1-x0); -1 outside."""
-    x0, y0, x1, y1 = box
+    (x0, y0, x1, y1), (H, W) = box, labels.shape
     out = np.full((y1 - y0, x1 - x0), -1)
-    H, W = labels.shape
-    a, b, c, d = max(y0, 0), min(y1, H), max(x0, 0), min(x1, W)
-    out[a - y0:b - y0, c - x0:d - x0] = labels[a:b, c:d]
+    top, bottom, left, right = max(y0, 0), min(y1, H), max(x0, 0), min(x1, W)
+    out[top - y0:bottom - y0, left - x0:right - x0] = labels[top:bottom, left:right]
     return out
 
 
-def mask_views(crops, common_boxes, rectangles, protected=None, rng=None):
-    """Which regions turn into noise -> noise [(s,s) bool] per view, ids (n,) that stay common to all views.
+def nearest(x, h):
+    """(a,b) -> (h,h), rounded down as OpenCV does."""
+    return x[np.arange(h) * x.shape[0] // h][:, np.arange(h) * x.shape[1] // h]
 
-    A region that a view's rectangle touches becomes noise in that view and is no region of any view; a random quarter
-    of the common ids is spared. A rectangle that touches the padding (-1) makes all padding of that view noise.
+
+def mask_views(crops, shared, rectangles, protected=None, rng=None):
+    """-> noise [(s,s) bool] per view, and the ids (n,) that stay common to all views.
+
+    crops: labels [(s,s)]; shared (M,4): the common rectangle in each crop. A region that a view's rectangle
+    touches becomes noise in that view and a region of none; a random quarter of the common ids is spared. A
+    rectangle that touches the padding (-1) makes all padding of that view noise.
     """
-    x0, y0, x1, y1 = common_boxes[0]
-    ids = np.unique(crops[0][y0:y1, x0:x1])
-    ids = ids[ids >= 0]
-    if protected is None:
-        protected = rng.choice(ids, len(ids) // 4, replace=False)
+    x0, y0, x1, y1 = shared[0]
+    ids = np.setdiff1d(crops[0][y0:y1, x0:x1], [-1])
+    spared = rng.choice(ids, len(ids) // 4, replace=False) if protected is None else protected
     noise = []
-    for labels, rectangle in zip(crops, rectangles):
-        x0, y0, x1, y1 = np.clip(rectangle, 0, None)
-        touched = np.setdiff1d(labels[y0:y1, x0:x1], protected)
+    for labels, (x0, y0, x1, y1) in zip(crops, np.maximum(rectangles, 0)):
+        touched = np.setdiff1d(labels[y0:y1, x0:x1], spared)
         noise.append(np.isin(labels, touched))
         ids = np.setdiff1d(ids, touched)
     return noise, ids
 
 
-def resize_regions(crops, common_boxes, ids, h):
-    """Crops to (M,h,h), nearest as OpenCV does; all but the ids that every view shows in the common rectangle are -1."""
-    views = []
-    for labels in crops:
+def resize_regions(crops, shared, ids, h):
+    """Crops to (M,h,h), nearest as in OpenCV; -1 but for ids that all views show in the common rectangle."""
+    views = np.stack([nearest(labels, h) for labels in crops])
+    ids = np.intersect1d(ids, views[0])                        # in view 0 anywhere will do, as published
+    for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * h):
         (a, b) = labels.shape
-        views.append(labels[np.arange(h) * a // h][:, np.arange(h) * b // h])
-    ids = np.intersect1d(ids, views[0])                            # of view 0 any pixel will do, as in the published code
-    for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], common_boxes[1:]):
-        (a, b) = labels.shape
-        ids = np.intersect1d(ids, view[y0 * h // a:y1 * h // a, x0 * h // b:x1 * h // b])
-    views = np.stack(views)
+        ids = np.intersect1d(ids, view[y0 // a:y1 // a, x0 // b:x1 // b])
     return np.where(np.isin(views, ids), views, -1)
-
-
-class Views(torch.utils.data.Dataset):
-    """M augmented views of an image -> {"image": (M,3,h,h) normalised, "regions": (M,h,h) ids 0..R-1, -1 = none, ...}.
-
-    The superpixels of images of one size are computed once, in memory shared by the workers, up to 2 GB of them.
-    """
-
-    def __init__(self, images, args):
-        self.images, self.args, self.names = images, args, []
-        pixels = len(images) * args.size ** 2
-        self.cache = None
-        if args.regions == "slic" and images.protocol != "whole" and 2 * pixels < 2e9:
-            self.cache = torch.full((len(images), args.size, args.size), -1, dtype=torch.int16).share_memory_()
-        c = args.colour                                            # SimCLR's distortion of this strength
-        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(0.8 * c, 0.8 * c, 0.8 * c, 0.2 * c)], 0.8),
-                                   v2.RandomGrayscale(0.2 * c), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], args.blur)])
-
-    def __len__(self):
-        return len(self.images)
-
-    def regions(self, i, picture):
-        """Region of every pixel (H,W), int64."""
-        if self.args.regions == "grid":
-            return grid(*picture.shape[1:], self.args.region_size)
-        if self.cache is None:
-            return slic(picture.permute(1, 2, 0).numpy(), self.args.region_size, self.args.ruler)
-        if self.cache[i, 0, 0] < 0:
-            self.cache[i] = torch.from_numpy(slic(picture.permute(1, 2, 0).numpy(), self.args.region_size, self.args.ruler))
-        return self.cache[i].long().numpy()
-
-    def __getitem__(self, i):
-        for _ in range(100):
-            item = {"index": i, "path": self.images.paths[i], "error": ""}
-            try:
-                picture = self.images.picture(i)
-            except Exception as error:                             # as in data.Images: a broken file ends no run
-                return {**item, "error": f"{type(error).__name__}: {error}"}
-            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-            views, regions, noise = make_views(picture, self.regions(i, picture), rng, self.args)
-            if regions.max() >= 0:
-                break
-            i = torch.randint(len(self), ()).item()                # no region is common to all views: another image
-        else:
-            raise ValueError("100 images in a row gave no region that all views show; take a smaller --region-size")
-        flipped = torch.rand(len(views)) < 0.5
-        result = []
-        for view, hidden, flip in zip(views, noise, flipped):
-            x = (self.distort(view) / 255 - data.MEAN) / data.STD
-            x = torch.where(torch.from_numpy(hidden), torch.rand_like(x) * 2 - 1, x)           # after all augmentation
-            result.append(x.flip(-1) if flip else x)
-        regions = torch.stack([r.flip(-1) if flip else r for r, flip in zip(torch.from_numpy(regions), flipped)])
-        return {**item, "image": torch.stack(result), "regions": regions}
 
 
 def make_views(picture, regions, rng, args):
@@ -283,31 +227,83 @@ def make_views(picture, regions, rng, args):
     (H, W), M, h = regions.shape, args.views, args.view_size
     p = content(picture.permute(1, 2, 0).numpy()).cumsum()
     y, x = divmod(min(int(np.searchsorted(p, rng.random() * p[-1])), H * W - 1), W)
-    sizes = rng.uniform(args.beta[0], args.beta[1], M) * h         # paper 0.5 to 2 (text), 0.5 to 1.5 (appendix, code)
+    sizes = rng.uniform(args.beta[0], args.beta[1], M) * h  # paper 0.5 to 2; appendix, code 0.5 to 1.5
     centres = [clip_centre(x, y, sizes[0], sizes[0], W, H)]
     for i, s in enumerate(sizes[1:]):
         place = near(centres[0], s, i, M - 1, rng.vonmises(0, 2), rng.vonmises(math.pi / 2, 2))
         centres.append(clip_centre(*place, s, s, W, H))
-    boxes, common_box = place_views(centres, sizes)
-    common_boxes = common_box - boxes[:, [0, 1, 0, 1]]
-    crops = [crop(regions, box) for box in boxes]
-    rectangles = [mask_rectangle(s, h, args.mask, rng.random(), *rng.vonmises(math.pi / 2, 2, 3)) for s in sizes]
-    noise, ids = mask_views(crops, common_boxes, rectangles, rng=rng)
-    labels = resize_regions(crops, common_boxes, ids, h)
-    known, labels = np.unique(np.append(labels, -1), return_inverse=True)
+    boxes, rectangle = place_views(centres, sizes)
+    shared, crops = rectangle - boxes[:, [0, 1, 0, 1]], [crop(regions, box) for box in boxes]
+    masks = [mask_rectangle(s, h, args.mask, rng.random(), *rng.vonmises(math.pi / 2, 2, 3)) for s in sizes]
+    noise, ids = mask_views(crops, shared, masks, rng=rng)
+    labels = resize_regions(crops, shared, ids, h)
+    _, labels = np.unique(np.append(labels, -1), return_inverse=True)                          # 0 = none
     views, hidden = [], []
     for (x0, y0, x1, y1), mask in zip(boxes, noise):
-        view = v2.functional.crop(picture, y0, x0, y1 - y0, x1 - x0)                           # outside is black
+        view = v2.functional.crop(picture, y0, x0, y1 - y0, x1 - x0)                        # outside is black
         views.append(v2.functional.resize(view, [h, h], v2.InterpolationMode.BICUBIC, antialias=True))
-        rows, columns = (np.arange(h) * n // h for n in mask.shape)
-        hidden.append(mask[rows][:, columns])
+        hidden.append(nearest(mask, h))
     return torch.stack(views), labels[:-1].reshape(M, h, h) - 1, np.stack(hidden)
+
+
+class Views(torch.utils.data.Dataset):
+    """Item: "image" (M,3,h,h) normalised, "regions" (M,h,h) ids 0..R-1, -1 = none, and index, path, error.
+
+    Superpixels of images of one size are computed once, in memory that the workers share, up to 2 GB of them.
+    """
+
+    def __init__(self, images, args):
+        self.images, self.args, self.cache = images, args, None
+        shape = len(images), args.size, args.size
+        if args.regions == "slic" and images.protocol != "whole" and 2 * math.prod(shape) < 2e9:
+            self.cache = torch.full(shape, -1, dtype=torch.int16).share_memory_()
+        c = args.colour                                        # SimCLR's distortion of this strength
+        self.distort = v2.Compose([
+            v2.RandomApply([v2.ColorJitter(0.8 * c, 0.8 * c, 0.8 * c, 0.2 * c)], 0.8),
+            v2.RandomGrayscale(0.2 * c), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], args.blur)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def regions(self, i, picture):
+        """Region of every pixel, (H,W)."""
+        if self.args.regions == "grid":
+            return grid(*picture.shape[1:], self.args.region_size)
+        if self.cache is not None and self.cache[i, 0, 0] >= 0:
+            return self.cache[i].long().numpy()
+        labels = slic(picture.permute(1, 2, 0), self.args.region_size, self.args.ruler)
+        if self.cache is not None:
+            self.cache[i] = labels
+        return labels.numpy()
+
+    def __getitem__(self, i):
+        for _ in range(100):
+            item = {"index": i, "path": self.images.paths[i], "error": ""}
+            try:
+                picture = self.images.picture(i)
+            except Exception as error:                         # as in data.Images: a broken file ends no run
+                return {**item, "error": f"{type(error).__name__}: {error}"}
+            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
+            views, regions, noise = make_views(picture, self.regions(i, picture), rng, self.args)
+            if regions.max() >= 0:
+                break
+            i = torch.randint(len(self), ()).item()            # no region that all views show: another image
+        else:
+            raise ValueError("100 images in a row have no region that all views show; lower --region-size")
+        images, labels = [], []
+        for view, label, hidden in zip(views, torch.from_numpy(regions), torch.from_numpy(noise)):
+            x = (self.distort(view) / 255 - data.MEAN) / data.STD
+            x = torch.where(hidden, torch.rand_like(x) * 2 - 1, x)                        # last, as published
+            flip = torch.rand(()) < 0.5
+            images.append(x.flip(-1) if flip else x)
+            labels.append(label.flip(-1) if flip else label)
+        return {**item, "image": torch.stack(images), "regions": torch.stack(labels)}
 
 
 # ---------------------------------------------------------------- model
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all processes (torch's own SyncBatchNorm is for CUDA only)."""
+    """BatchNorm with the statistics of all processes (torch's SyncBatchNorm is for CUDA only)."""
 
     def forward(self, x):
         if not self.training or common.world() == 1:
@@ -315,33 +311,35 @@ class BatchNorm(nn.BatchNorm2d):
         x32 = x.float()
         n = common.reduce_sum(x32.new_tensor(x32.numel() / x32.shape[1]))
         mean = common.reduce_sum(x32.sum((0, 2, 3))) / n
-        centred = x32 - mean[:, None, None]
-        var = common.reduce_sum(centred.square().sum((0, 2, 3))) / n
+        x32 = x32 - mean[:, None, None]
+        var = common.reduce_sum(x32.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
         scale = self.weight / (var + self.eps).sqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (x32 * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class FPN(nn.Module):
-    """Maps of the stages -> sum (B,D,h/4,w/4): 1x1 convolutions, upsampled and added from the top. No norm, as in PiCIE."""
+    """Maps of the stages -> (B,D,h/4,w/4): 1x1 convolutions, upsampled and added from the top; PiCIE's."""
 
     def __init__(self, widths, D):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(width, D, 1) for width in widths)
 
     def forward(self, maps):
-        x = None
-        for conv, m in reversed(list(zip(self.lateral, maps))):
-            x = conv(m) if x is None else conv(m) + F.interpolate(x, m.shape[2:], mode="bilinear")
+        x = self.lateral[-1](maps[-1])
+        for conv, m in list(zip(self.lateral, maps))[-2::-1]:
+            x = conv(m) + F.interpolate(x, m.shape[2:], mode="bilinear")
         return x
 
 
 def separable(c_in, c_out, dilation=1):
-    """Depth-wise 3x3, then 1x1. ReLU stands before BN in both halves, as in the published code."""
-    return nn.Sequential(nn.Conv2d(c_in, c_in, 3, padding=dilation, dilation=dilation, groups=c_in, bias=False), nn.ReLU(),
-                         BatchNorm(c_in), nn.Conv2d(c_in, c_out, 1, bias=False), nn.ReLU(), BatchNorm(c_out))
+    """Depth-wise 3x3, then 1x1; ReLU stands before BN in both halves, as published."""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_in, 3, padding=dilation, dilation=dilation, groups=c_in, bias=False), nn.ReLU(),
+        BatchNorm(c_in), nn.Conv2d(c_in, c_out, 1, bias=False), nn.ReLU(), BatchNorm(c_out))
 
 
 def conv_bn(c_in, c_out, kernel=1):
@@ -349,13 +347,14 @@ def conv_bn(c_in, c_out, kernel=1):
 
 
 class DeepLab(nn.Module):
-    """DeepLabV3+: atrous pyramid on the last stage, refined by the first -> (B,D,h/4,w/4)."""
+    """DeepLabV3+: atrous pyramid on the last stage's map, refined by the first's -> (B,D,h/4,w/4)."""
 
     def __init__(self, widths, D):
         super().__init__()
-        self.branches = nn.ModuleList([conv_bn(widths[-1], 256), *(separable(widths[-1], 256, d) for d in (12, 24, 36))])
-        self.pool, self.merge = conv_bn(widths[-1], 256), conv_bn(5 * 256, 256, 3)
-        self.low = conv_bn(widths[0], 48)
+        top = widths[-1]
+        self.one, self.pool, self.low = conv_bn(top, 256), conv_bn(top, 256), conv_bn(widths[0], 48)
+        self.atrous = nn.ModuleList(separable(top, 256, dilation) for dilation in (12, 24, 36))
+        self.merge = conv_bn(5 * 256, 256, 3)                  # no ReLU after it, as published
         self.decode = nn.Sequential(separable(304, 256), separable(256, 256), nn.Conv2d(256, D, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -366,95 +365,86 @@ class DeepLab(nn.Module):
     def forward(self, maps):
         x, low = maps[-1], self.low(maps[0]).relu()
         pooled = self.pool(x.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *x.shape[2:])
-        x = self.merge(torch.cat([self.branches[0](x).relu(), *(b(x) for b in self.branches[1:]), pooled], 1))
+        x = self.merge(torch.cat([self.one(x).relu(), *(branch(x) for branch in self.atrous), pooled], 1))
         x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
         return self.decode(torch.cat([low, x], 1))
 
 
 class Network(nn.Module):
-    """Images (B,3,H,W) -> embeddings (B,D,H/4,W/4): a ResNet dilated to stride 8 and a decoder.
+    """Images (B,3,H,W) -> raw embeddings (B,D,H/4,W/4): a ResNet dilated to stride 8, then a decoder.
 
-    depth: keep the first so many of the four stages.
+    depth: keep the first so many of the four stages. weights: a file with torchvision's names, None: from
+    torchvision's server, "none": random. Raises ValueError for an unknown network or weights that do not fit.
     """
 
-    def __init__(self, arch, decoder, D, depth=None):
+    def __init__(self, arch, decoder, D, depth=None, weights="none"):
         super().__init__()
         if arch not in ARCHS:
-            raise ValueError(f"--arch {arch}: ViCE trains a convolutional network{common.nearest(arch, ARCHS)}")
-        net = getattr(torchvision.models, arch)(weights=None, norm_layer=BatchNorm)
-        for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):
-            for m in stage.modules():
-                if isinstance(m, nn.Conv2d):
-                    m.stride = (1, 1)
-                    if m.kernel_size == (3, 3):
-                        m.dilation = m.padding = (dilation, dilation)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4][:depth])
-        widths = [w * (1 if arch in ("resnet18", "resnet34") else 4) for w in (64, 128, 256, 512)][:len(self.stages)]
+            raise ValueError(f"--arch {arch}: ViCE trains a ResNet{common.nearest(arch, ARCHS)}")
+        if depth and depth > 4:
+            raise ValueError(f"--depth {depth}: a ResNet has four stages")
+        self.trunk = net = getattr(torchvision.models, arch)(norm_layer=BatchNorm)
+        for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):       # all 3x3, the first included
+            for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
+                conv.stride = 1, 1
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = dilation, dilation
+        widths = [w * (net.fc.in_features // 512) for w in (64, 128, 256, 512)][:depth]
+        net.fc = nn.Identity()
+        if weights != "none":
+            common.load_weights(net, weights or published(arch), arch)
+        for name in ("layer2", "layer3", "layer4")[len(widths) - 1:]:
+            setattr(net, name, None)
         self.decoder = {"fpn": FPN, "deeplab": DeepLab}[decoder](widths, D)
 
     def forward(self, x):
-        x, maps = self.stem(x), []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+        net, maps = self.trunk, []
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        for stage in filter(None, (net.layer1, net.layer2, net.layer3, net.layer4)):
+            maps.append(x := stage(x))
         return self.decoder(maps)
 
-    def load(self, arch, weights):
-        """ImageNet weights from torchvision's server, or a file with torchvision's names; "none" keeps random ones."""
-        if weights == "none":
-            return
-        if weights is None:
-            state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False)
-        elif not os.path.isfile(weights):
-            raise FileNotFoundError(f"--weights {weights} does not exist; none starts from random weights")
-        else:
-            try:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise ValueError(f"--weights {weights} is no weights file ({type(error).__name__})") from None
-        stem = {"conv1": self.stem[0], "bn1": self.stem[1]}
-        for name, module in {**stem, **{f"layer{i + 1}": stage for i, stage in enumerate(self.stages)}}.items():
-            for key, own in module.state_dict().items():
-                value = state.get(f"{name}.{key}")
-                if value is None and key.endswith("num_batches_tracked"):
-                    continue
-                if value is None or value.shape != own.shape:
-                    raise ValueError(f"--weights {weights} does not fit {arch}: {name}.{key} should be {tuple(own.shape)}, is "
-                                     f"{'missing' if value is None else tuple(value.shape)}")
-                own.copy_(value)
+
+def published(arch):
+    """torchvision's ImageNet weights in hub's cache, downloaded on first use; its name ends in its hash."""
+    url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        common.download(url, path, path.stem.rsplit("-", 1)[1])
+    return path
 
 
 class LinearModel(nn.Sequential):
-    """The paper's linear model, L filters wide: 1x1 convolution, BN, 1x1 convolution. (B,D,H,W) -> (B,classes,H,W)."""
+    """The paper's linear model of L filters: (B,D,H,W) -> (B,classes,H,W). It calls this a 1x1 convolution;
+    the published code has two with BN between them."""
 
-    def __init__(self, D, filters, classes):
-        super().__init__(nn.Conv2d(D, filters, 1, bias=False), nn.BatchNorm2d(filters), nn.Conv2d(filters, classes, 1))
+    def __init__(self, D, L, classes):
+        super().__init__(nn.Conv2d(D, L, 1, bias=False), nn.BatchNorm2d(L), nn.Conv2d(L, classes, 1))
 
 
 class Model(nn.Module):
-    """Images (B,3,H,W) -> unit embeddings (B,D,H,W), with `.linear` and `.cluster`, both fitted after training."""
+    """Images (B,3,H,W) -> unit embeddings (B,D,H,W), with `.linear` and `.cluster`, fitted after training."""
 
-    alpha = 10                                                     # the CRF gets log-softmax(cosine / tau)
+    alpha = 10                                                 # the CRF gets log-softmax(cosine / tau)
 
-    def __init__(self, args):
+    def __init__(self, args, weights="none"):
         super().__init__()
-        self.network = Network(args.arch, args.decoder, args.code_dim, args.depth)
-        self.prototypes = nn.Parameter(F.normalize(nn.Linear(args.code_dim, args.prototypes).weight.detach(), dim=1))
-        self.cluster = ClusterProbe(args.code_dim, args.clusters)
+        self.network = Network(args.arch, args.decoder, args.code_dim, args.depth, weights)
+        self.prototypes = nn.Parameter(F.normalize(nn.Linear(args.code_dim, args.prototypes).weight.data))
+        self.cluster = eval.ClusterProbe(args.code_dim, args.clusters)
         self.linear = LinearModel(args.code_dim, args.filters, args.classes) if args.classes else None
 
     def forward(self, images):
-        x = F.interpolate(self.network(images).float(), images.shape[2:], mode="bilinear", align_corners=True)
-        return F.normalize(x, dim=1)
+        x = self.network(images).float()
+        return F.normalize(F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=True))
 
 
 # ---------------------------------------------------------------- loss
 
 def region_mean(embedding, regions, count):
-    """Mean of the raw embeddings of each region: (D,H,W), (H,W) ids, -1 = none -> (count,D); an empty region gives 0.
+    """Mean raw embedding of each region, (D,H,W), (H,W) ids, -1 = none -> (count,D); 0 for an empty region.
 
-    As in the published code; the paper takes the mean of unit vectors.
+    As published: the mean is normalised later. The paper takes the mean of unit vectors.
     """
     inside = regions >= 0
     ids = regions[inside]
@@ -463,62 +453,62 @@ def region_mean(embedding, regions, count):
 
 
 def region_weights(regions, count, h, w, dtype=torch.float32):
-    """(V,H,W) ids, -1 = none -> (V,count,h*w): times a map (V,h*w,D) it is the region mean of that map upsampled.
+    """(V,H,W) ids, -1 = none -> (V,count,h*w): times a map (V,h*w,D), the region means of its upsampling.
 
-    Upsampling (bilinear, align_corners) and averaging are linear, so the D-channel map of full size need not exist: a
-    pixel hands its weight to the four cells that it would be interpolated from.
+    Upsampling (bilinear, align_corners) and averaging are linear, so the D-channel map of full size need not
+    exist: a pixel hands its weight to the four cells it would be interpolated from.
     """
     V, H, W = regions.shape
     v, i, j = (regions >= 0).nonzero(as_tuple=True)
-    ids = v * count + regions[v, i, j]
+    ids = (v * count + regions[v, i, j]) * h * w
     y, x = i.to(dtype) * (h - 1) / max(H - 1, 1), j.to(dtype) * (w - 1) / max(W - 1, 1)
-    y0, x0 = y.long().clamp(max=max(h - 2, 0)), x.long().clamp(max=max(w - 2, 0))
+    y0, x0 = y.long(), x.long()
     weights = torch.zeros(V * count * h * w, dtype=dtype, device=regions.device)
     for down, fy in ((0, 1 - (y - y0)), (1, y - y0)):
         for right, fx in ((0, 1 - (x - x0)), (1, x - x0)):
             cell = (y0 + down).clamp(max=h - 1) * w + (x0 + right).clamp(max=w - 1)
-            weights.index_add_(0, ids * h * w + cell, fy * fx)
+            weights.index_add_(0, ids + cell, fy * fx)
     weights = weights.view(V, count, h * w)
     return weights / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
 def embed_regions(maps, regions, count):
-    """Maps (V,D,h,w), regions (V,H,W) -> unit vectors (V,count,D) of the regions; missing ones are 0."""
+    """Maps (V,D,h,w), regions (V,H,W) -> unit vectors (V,count,D) of the regions; 0 for an empty region."""
     h, w = maps.shape[2:]
     if count < h * w:
         z = region_weights(regions, count, h, w) @ maps.flatten(2).mT
-    else:                                                          # tiny regions: the weights would be the larger thing
-        z = torch.stack([region_mean(F.interpolate(m[None], r.shape, mode="bilinear", align_corners=True)[0], r, count)
-                         for m, r in zip(maps, regions)])
+    else:                                                      # tiny regions: the weights would be larger
+        up = (F.interpolate(m[None], regions.shape[1:], mode="bilinear", align_corners=True)[0] for m in maps)
+        z = torch.stack([region_mean(m, r, count) for m, r in zip(up, regions)])
     return F.normalize(z, dim=-1)
 
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon=0.05, iterations=3):
-    """Scores (M,K) -> assignment (M,K): rows sum to 1 and, nearly, every prototype gets the same total (SwAV's optimal
-    transport). The rows of all processes have to be in it; then one process computes what several would."""
+    """Scores (M,K) -> assignment (M,K): rows sum to 1 and the prototypes get, nearly, the same total.
+
+    SwAV's optimal transport. Give it the rows of all processes: then any number of them computes the same.
+    """
     Q = ((scores - scores.max()) / epsilon).exp()
     Q /= Q.sum()
     for _ in range(iterations):
-        total = Q.sum(0)
-        if (total == 0).any():                                     # a prototype that nothing comes near
+        if (Q.sum(0) == 0).any():                              # a prototype that nothing comes near
             Q += 1e-12
-            total = Q.sum(0)
-        Q = Q / total / Q.shape[1]
+        Q = Q / Q.sum(0) / Q.shape[1]
         Q = Q / Q.sum(1, keepdim=True) / len(Q)
     return Q * len(Q)
 
 
 def swapped_prediction_loss(scores, assignment, tau=0.1):
-    """Scores (V,M,K) of the views 1.. must predict the assignment (M,K) that view 0 got (eq. 4) -> scalar.
+    """Scores (V,M,K) of views 1.. are to predict the assignment (M,K) that view 0 got (eq. 4) -> scalar.
 
-    One mean over all regions of the batch, as in the published code; the paper averages per image first.
+    One mean over all regions of the batch, as published; the paper averages per image first.
     """
     return -(assignment * F.log_softmax(scores / tau, -1)).sum(-1).mean()
 
 
 class Queue(nn.Module):
-    """The last L view-0 embeddings, newest first. The paper keeps scores; embeddings can be scored anew, as published."""
+    """The last view-0 embeddings, newest first. The paper keeps scores, the code embeddings."""
 
     def __init__(self, length, D):
         super().__init__()
@@ -531,14 +521,14 @@ class Queue(nn.Module):
         self.filled.add_(len(z)).clamp_(max=len(self.vectors))
 
     def contents(self):
-        return self.vectors[:self.filled]
+        return self.vectors[:self.filled]                      # published: random vectors until it is full
 
 
 # ---------------------------------------------------------------- training
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradient has, tensor by tensor, the length trust * |parameter|. A parameter or gradient of length zero
-    takes a plain step without weight decay. params, lr, momentum, weight_decay, trust as in the published code."""
+    """SGD whose gradient is scaled, tensor by tensor, to the length trust * |parameter|. Where either has
+    length zero, a plain step without weight decay. Biases and BN are treated like the rest, as published."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -546,20 +536,17 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 length, steepness, decay = p.norm(), p.grad.norm(), group["weight_decay"]
                 scaled = (length > 0) & (steepness > 0)
                 rate = torch.where(scaled, group["trust"] * length / (steepness + decay * length + 1e-8), 1.0)
-                g = (p.grad + decay * scaled * p) * rate
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_(g)
+                momentum.mul_(group["momentum"]).add_((p.grad + decay * scaled * p) * rate)
                 p.sub_(group["lr"] * momentum)
 
 
 def learning_rate(step, total, lr, warmup=0.02):
-    """Linear from lr / 16 to lr over the first share `warmup` of the steps, then a cosine of the whole run to lr / 1000."""
+    """From lr / 16 to lr in the first share `warmup` of the steps, then the cosine of the whole run to lr / 1000."""
     t = step / total
     if t < warmup:
         return lr / 16 + (lr - lr / 16) * t / warmup
@@ -569,33 +556,36 @@ def learning_rate(step, total, lr, warmup=0.02):
 def train(args):
     run = common.Run("vice", args)
     if args.cache_features:
-        raise ValueError("--cache-features: ViCE trains the network itself, so there are no fixed features; leave it out")
+        raise ValueError("--cache-features: ViCE trains its network, no features stay the same; leave it out")
     images = data.load(args.data, args.root, "train", size=args.size, protocol=args.protocol)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
-    fit = data.load(args.data, args.root, "train", size=args.eval_size, protocol=val.protocol)     # for the probes
+    fit = data.load(args.data, args.root, "train", size=args.eval_size, protocol=val.protocol)
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     model = start(args).to(run.device).train()
     queue = Queue(args.queue, args.code_dim).to(run.device)
-    optimizer = LARS([*model.network.parameters(), model.prototypes], args.lr, weight_decay=args.weight_decay)
-    for step, batch in run.steps("network", args.steps, Views(images, args), model=model, queue=queue, optimizer=optimizer):
+    trained = [*model.network.parameters(), model.prototypes]
+    optimizer = LARS(trained, args.lr, weight_decay=args.weight_decay)
+    state = dict(model=model, queue=queue, optimizer=optimizer)
+    for step, batch in run.steps("network", args.steps, Views(images, args), **state):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        regions = batch["regions"].transpose(0, 1)                                             # (M,B,h,h)
-        with run.autocast():                                       # all views in one batch: they share BN's statistics
-            maps = model.network(batch["image"].transpose(0, 1).flatten(0, 1)).float()         # (M*B,D,h/4,h/4)
+        views, regions = batch["image"].transpose(0, 1), batch["regions"].transpose(0, 1)      # (M,B,...)
+        M, B = regions.shape[:2]
+        with run.autocast():                                   # all views at once: they share BN's statistics
+            maps = model.network(views.flatten(0, 1)).float()                                # (M*B,D,h/4,h/4)
         run.mark("network")
-        numbers = common.gather(regions[0].flatten(1).amax(1) + 1)                             # R of all images
+        numbers = common.gather(regions[0].flatten(1).amax(1) + 1)                           # R of all images
         z = embed_regions(maps, regions.flatten(0, 1), int(numbers.max()))
-        z = z.unflatten(0, regions.shape[:2])                                                  # (M,B,R,D)
-        valid = torch.arange(z.shape[2], device=run.device) < numbers[:, None]                 # (all B,R)
-        everyone = common.gather(z[0].detach())[valid]                                         # (all regions,D)
+        z = z.unflatten(0, (M, B))                                                             # (M,B,R,D)
+        valid = torch.arange(z.shape[2], device=run.device) < numbers[:, None]                # (all images,R)
+        mine = slice(B * run.rank, B * run.rank + B)
+        own = slice(int(numbers[:mine.start].sum()), int(numbers[:mine.stop].sum()))
+        everyone = common.gather(z[0].detach())[valid]                                       # (all regions,D)
+        z = z[:, valid[mine]]                                                              # (M,own regions,D)
         known = torch.cat([everyone, queue.contents()]) if step >= args.queue_start else everyone
-        before, mine = len(numbers) // run.world * run.rank, len(maps) // len(z)               # images of lower ranks
-        own = slice(int(numbers[:before].sum()), int(numbers[:before + mine].sum()))
-        assignment = sinkhorn(known @ model.prototypes.detach().T)[own]                        # every process has all rows
-        z = z[:, valid[before:before + mine]]                                                  # (M,own regions,D)
+        assignment = sinkhorn(known @ model.prototypes.detach().T)[own]
         loss = swapped_prediction_loss(z[1:] @ model.prototypes.T, assignment)
-        loss = loss * z.shape[1] * run.world / len(everyone)       # the mean over processes is the mean over all regions
+        loss = loss * z.shape[1] * run.world / len(everyone)  # mean over processes = mean over regions
         run.mark("loss")
         if not run.finite(batch, loss=loss, regions=numbers.float().mean()):
             continue
@@ -606,41 +596,40 @@ def train(args):
             model.prototypes.grad = None
         optimizer.step()
         with torch.no_grad():
-            model.prototypes.copy_(F.normalize(model.prototypes, dim=1))
+            model.prototypes.copy_(F.normalize(model.prototypes))
         queue.push(everyone)
         run.mark("backward and optimizer")
     if args.bench:
         return 0
     fit_probes(model, fit, args)
     run.save()
-    untrained = start(args).to(run.device).eval()                  # the same network before its first step
+    untrained = start(args).to(run.device).eval()              # the same network before its first step
     code = eval.finish(run, model, fit, val, encode=untrained)
     if val.classes:
         fit_probes(untrained, fit, args)
-        colours = eval.baseline(run, colour_patches, fit, val, args.clusters, 8)
-        report(run, val, {"linear, untrained": eval.scores(eval.evaluate(untrained, val, run.device)["linear"]),
-                          "K-means, colours": eval.scores(eval.matched(colours, eval.hungarian(colours)))})
+        linear = eval.evaluate(untrained, val, run.device)["linear"]
+        colours = eval.baseline(run, patch_colours, fit, val, args.clusters, 8)
+        add_scores(run, val, {"linear, untrained": linear, "K-means, colours": eval.matched(
+            colours, eval.hungarian(colours))})
     return code
 
 
 def start(args):
     """The model before its first step."""
     torch.manual_seed(args.seed)
-    model = Model(args)
-    model.network.load(args.arch, args.weights)
-    return model
+    return Model(args, args.weights)
 
 
 def fit_probes(model, images, args):
-    """Clusters by K-means and the linear model by SGD, as in the paper, on random pixels of the training images.
+    """Clusters by K-means and the linear model by SGD with the published settings, on random training pixels.
 
-    The network is frozen by now, so one pass over some images replaces the paper's 12,000 batches.
+    The network is frozen by now: one pass over some images replaces the paper's 12,000 batches.
     """
-    device = model.prototypes.device
+    device, generator = model.prototypes.device, torch.Generator().manual_seed(args.seed)
     model.eval()
     with torch.no_grad():
-        X, y, _ = eval.sample_points(model, images, device, points=args.probe_pixels, images=args.probe_images, seed=args.seed)
-    X, y, generator = X.flatten(0, 1), y.flatten(), torch.Generator().manual_seed(args.seed)
+        X, y, _ = eval.sample_points(model, images, device, 1, args.probe_pixels, args.probe_images, args.seed)
+    X, y = X.flatten(0, 1), y.flatten()
     some = torch.randperm(len(X), generator=generator)[:20000].to(device)
     model.cluster.clusters.data.copy_(eval.kmeans(X[some], args.clusters, seed=args.seed))
     X, y = X[y >= 0], y[y >= 0]
@@ -651,78 +640,81 @@ def fit_probes(model, images, args):
     for step in range(args.probe_steps):
         optimizer.param_groups[0]["lr"] = max(1e-4, 0.01 * (1 - step / args.probe_steps) ** 0.9)
         chosen = torch.randint(len(y), (4096,), generator=generator).to(device)
-        logits = model.linear(X[chosen].T[None, ..., None])                                    # (1,classes,4096,1)
+        logits = model.linear(X[chosen].T[None, ..., None])                               # (1,classes,4096,1)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, y[chosen][None, :, None]).backward()
         optimizer.step()
     model.linear.eval()
 
 
-def colour_patches(images, patch=8):
-    """(B,3,H,W) -> average colours (B,3,h,w), normalised as the images are: without any network."""
-    return F.avg_pool2d(images, patch)
+def patch_colours(images):
+    """A baseline without any network: images (B,3,H,W) -> mean colours of the 8x8 patches (B,3,h,w)."""
+    return F.avg_pool2d(images, 8)
 
 
-def report(run, val, more):
-    """Print further rows and add them to scores.json."""
-    if run.rank:
-        return
-    print(eval.table(more, val.names))
-    path = run.folder / "scores.json"
-    common.write(path, json.dumps({**json.loads(path.read_text()), **eval.plain(more)}, indent=1).encode())
+def add_scores(run, val, counts):
+    """Print further rows, {title: confusion}, and add them to scores.json."""
+    if run.rank == 0:
+        rows = {title: eval.scores(confusion) for title, confusion in counts.items()}
+        print(eval.table(rows, val.names))
+        content = {**json.loads((run.folder / "scores.json").read_text()), **eval.plain(rows)}
+        common.write(run.folder / "scores.json", json.dumps(content, indent=1).encode())
 
 
 # ---------------------------------------------------------------- command line
 
 ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-PRESETS = {
-    # low resolution; lr as published: 0.0025 x images per step
-    "default": dict(arch="resnet18", size=320, eval_size=320, view_size=256, views=5, beta=(0.5, 1.5), mask=0.25, colour=1.0, blur=0.5,
-                    regions="slic", region_size=20, ruler=10, decoder="fpn", code_dim=128, prototypes=27, steps=7552,
-                    batch_size=32, lr=0.08, warmup=0.02, weight_decay=1e-6, queue=5000, queue_start=313, freeze=313,
-                    filters=256, probe_images=1000, probe_pixels=500, probe_steps=3000),
-    "scenes": dict(weights="none", depth=2, size=96, eval_size=96, view_size=64, region_size=8, steps=150, batch_size=4,
-                   lr=1.0, queue=1000, queue_start=30, freeze=20, filters=27, probe_steps=300,
-                   probe_pixels=200),
-    "camvid": dict(size=160, eval_size=160, view_size=128, region_size=10, steps=150, batch_size=4, lr=0.32, queue=2000,
-                   queue_start=30, freeze=20, filters=256, probe_steps=1000),
+PRESETS = {      # lr: published 0.0025 x images per step, for thousands of steps; short runs need more
+    "default": dict(
+        arch="resnet18", decoder="fpn", code_dim=128, size=320, eval_size=320, regions="slic", region_size=20,
+        ruler=10, views=5, view_size=256, beta=(0.5, 1.5), mask=0.25, colour=1.0, blur=0.5, prototypes=27,
+        queue=5000, queue_start=313, freeze=313, steps=7552, batch_size=32, lr=0.08, warmup=0.02,
+        weight_decay=1e-6, filters=256, probe_images=1000, probe_pixels=500, probe_steps=3000),
+    "scenes": dict(
+        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64, beta=(0.75, 1.25),
+        colour=0.4, blur=0.0, prototypes=32, queue=1000, queue_start=30, freeze=20, steps=200, batch_size=12,
+        lr=1.5, filters=27, probe_images=128, probe_pixels=160, probe_steps=300, workers=1),
+    "camvid": dict(
+        size=160, eval_size=160, region_size=10, views=3, view_size=96, beta=(0.75, 1.25), colour=0.4, blur=0.1,
+        prototypes=32, queue=2000, queue_start=30, freeze=20, steps=100, batch_size=6, lr=0.5, probe_images=367,
+        probe_pixels=200, probe_steps=1000),
     "smoke": dict(steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20, probe_steps=10),
 }
 
 
 def arguments():
-    p = common.parser(__doc__)
+    p, whole = common.parser(__doc__), common.whole
     p.set_defaults(arch="resnet18")
-    g = p.add_argument_group("ViCE")
-    g.add_argument("--decoder", choices=["fpn", "deeplab"], help="fpn for images of about 320 pixels, deeplab "
-                   "(DeepLabV3+) for larger ones; fpn on large or deeplab on small images fails in the paper")
-    g.add_argument("--views", type=common.whole(2), help="views per image, M; 5 in the paper, 3 costs it 1.2 mIoU")
-    g.add_argument("--view-size", type=common.whole(16), metavar="PIXELS", help="side of a view as the network sees it; a step "
-                   "costs its square")
-    g.add_argument("--beta", type=float, nargs=2, metavar=("LOW", "HIGH"), help="side of the crop over side of the view")
-    g.add_argument("--regions", choices=["slic", "grid"], help="superpixels, or squares (with --region-size 1: pixels)")
-    g.add_argument("--region-size", type=common.whole(1), metavar="PIXELS", help="mean side of a region; smaller gives more "
-                   "targets per image, 20 or 10 in the paper")
-    g.add_argument("--ruler", type=float, help="how compact superpixels are; larger is more like a grid")
-    g.add_argument("--mask", type=float, metavar="SHARE", help="largest side of the noise rectangle over that of the view; 0 "
-                   "switches it off")
-    g.add_argument("--colour", type=float, metavar="STRENGTH", help="of the colour distortion; 1 as in the paper, less where "
-                   "colour tells classes apart")
-    g.add_argument("--blur", type=float, metavar="P", help="share of views that are blurred; lower it for tiny views, where "
-                   "blurring removes all texture")
-    g.add_argument("--code-dim", type=common.whole(1), help="embedding width D; 128 in the paper, 32 costs it 1.5 mIoU")
-    g.add_argument("--prototypes", type=common.whole(2), help="K: about the number of classes on low resolution, 128 on high")
-    g.add_argument("--queue", type=common.whole(1), help="past regions that join the assignment; more than a few batches' "
-                   "worth gets stale")
-    g.add_argument("--queue-start", type=common.whole(0), metavar="STEP", help="step from which the queue is used")
-    g.add_argument("--freeze", type=common.whole(0), metavar="STEPS", help="steps in which the prototypes stay as they are")
-    g.add_argument("--warmup", type=float, metavar="SHARE", help="share of the steps with rising learning rate")
-    g.add_argument("--weight-decay", type=float, help="of LARS")
-    g.add_argument("--eval-size", type=common.whole(16), metavar="PIXELS", help="shorter side of the images at scoring")
-    g.add_argument("--filters", type=common.whole(1), help="L, width of the linear model: 27, 45, 128, 256 in the paper")
-    g.add_argument("--probe-images", type=common.whole(1), help="training images the probes are fitted on")
-    g.add_argument("--probe-pixels", type=common.whole(1), help="random pixels of each of them")
-    g.add_argument("--probe-steps", type=common.whole(1), help="SGD steps of the linear model; 12,000 in the paper")
+    for name, text in (
+            ("--arch", "the network: resnet18, resnet34, resnet50, resnet101, resnet152; larger pays on COCO"),
+            ("--depth", "keep the first K of the ResNet's four stages; the last costs most"),
+            ("--weights", "ImageNet weights from a file instead of torchvision's server; none = random")):
+        p._option_string_actions[name].help = text
+    add = p.add_argument_group("ViCE").add_argument
+    add("--decoder", choices=["fpn", "deeplab"], help="fpn for images of about 320 pixels, deeplab (DeepLabV3+) "
+        "for larger ones; the other way round fails in the paper")
+    add("--code-dim", type=whole(1), help="embedding width D; 128 in the paper, 32 costs it 1.5 mIoU")
+    add("--views", type=whole(2), help="views per image, M; 5 in the paper")
+    add("--view-size", type=whole(16), metavar="PIXELS", help="side of a view; a step costs its square")
+    add("--beta", type=float, nargs=2, metavar=("LOW", "HIGH"), help="side of the crop over side of the view")
+    add("--regions", choices=["slic", "grid"], help="superpixels or squares; grid, --region-size 1: pixels")
+    add("--region-size", type=whole(1), metavar="PIXELS", help="mean side of a region; 20 or 10 in the paper")
+    add("--ruler", type=float, help="how compact superpixels are; the larger, the more like a grid")
+    add("--mask", type=float, metavar="SHARE", help="largest side of the noise over the view's; 0 = none")
+    add("--colour", type=float, metavar="STRENGTH", help="of the colour distortion: 1 as in the paper, less "
+        "where colour tells classes apart")
+    add("--blur", type=float, metavar="P", help="share of views that are blurred; 0 where texture matters")
+    add("--prototypes", type=whole(2), help="K: 27 on small images, 128 on large ones")
+    add("--queue", type=whole(1), help="past regions that join the assignment; too many are stale")
+    add("--queue-start", type=whole(0), metavar="STEP", help="step from which the queue is used")
+    add("--freeze", type=whole(0), metavar="STEPS", help="steps in which the prototypes stay as they are")
+    add("--warmup", type=float, metavar="SHARE", help="share of the steps with a rising learning rate")
+    add("--weight-decay", type=float, help="of LARS")
+    add("--eval-size", type=whole(16), metavar="PIXELS", help="shorter side of the images at scoring")
+    add("--filters", type=whole(1), help="L, the width of the linear model: 27, 45, 128, 256 in the paper")
+    add("--probe-images", type=whole(1), help="training images that clusters and linear model are fitted on")
+    add("--probe-pixels", type=whole(1), help="random pixels of each of them")
+    add("--probe-steps", type=whole(1), help="SGD steps of the linear model; 12,000 in the paper")
     return p
 
 
