@@ -1,13 +1,19 @@
 """Score a run, and segment your own pictures: probes, confusion matrix, Hungarian matching, scores, pictures.
 
-    python eval.py runs/cause-scenes-dct8-0                              # scores, per-class table, pictures
-    python eval.py runs/cause-scenes-dct8-0 --images holiday/ --out segmented/
+    python eval.py RUN                                      scores, per-class table, pictures
+    python eval.py RUN RUN RUN --markdown                   runs side by side, mean and deviation over seeds
+    python eval.py --arch vits8 --data coco27 --root DIR    a raw backbone: K-means and linear probe
+    python eval.py RUN --images holiday --out segmented     your own pictures
 
-A class that occurs neither in the labels nor in the prediction has no IoU: it is listed and not averaged. Clusters are
-named by the one-to-one matching that puts most pixels right (Hungarian), found on the scored set itself; the pixels of
-clusters left without a class count as errors. Letters: B batch, H W pixels, h w patches, D backbone width, K code width.
+A class that occurs neither in the labels nor in the prediction has no IoU: it is listed and not averaged.
+Clusters are named by the one-to-one matching that puts most pixels right (Hungarian), found on the scored set
+itself; pixels of clusters left without a class count as errors.
+
+The method is in the first third (probes, metric, k-means, prediction, evaluation); pictures, your own images
+and the command line follow. Letters: B batch, H W pixels, h w patches, D backbone width, K code width, C
+classes.
 """
-import common  # isort: skip  (first: it answers --help before torch is loaded)
+import common
 
 import argparse
 import collections
@@ -38,8 +44,9 @@ import data
 class ClusterProbe(nn.Module):
     """Cosine K-means on a frozen code, learned by gradient: `.clusters` (clusters,K) holds the centres.
 
-    code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of each pixel to its nearest
-    centre, so the gradient reaches only that centre. The code is detached: the probe never moves the head.
+    code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of each pixel to its
+    nearest centre, so the gradient reaches only that centre. The code is detached: the probe never moves the
+    head.
     """
 
     def __init__(self, width, clusters):
@@ -47,15 +54,16 @@ class ClusterProbe(nn.Module):
         self.clusters = nn.Parameter(torch.randn(clusters, width))
 
     def forward(self, code):
-        cosines = torch.einsum("bkhw,ck->bchw", F.normalize(code.detach(), dim=1), F.normalize(self.clusters, dim=1))
+        code, centres = F.normalize(code.detach(), dim=1), F.normalize(self.clusters, dim=1)
+        cosines = torch.einsum("bkhw,ck->bchw", code, centres)
         return -cosines.amax(1).mean(), cosines
 
 
 class LinearProbe(nn.Conv2d):
     """A 1x1 convolution: code (B,K,h,w) -> logits (B,classes,h,w). Give it `code.detach()`.
 
-    It starts at zero, as a convex problem may, and so draws no random number: with or without labels, everything else
-    in a run stays the same bit for bit.
+    It starts at zero, as a convex problem may, and so draws no random number: with or without labels,
+    everything else in a run stays the same bit for bit.
     """
 
     def __init__(self, width, classes):
@@ -67,10 +75,11 @@ class LinearProbe(nn.Conv2d):
 
 
 def linear_loss(logits, label):
-    """Cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W): the mean over all pixels with 0 <= label < C.
+    """Cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W): the mean over all pixels with 0 <= label
+    < C.
 
-    With several processes it is scaled such that the average over processes is the mean over all their pixels.
-    Without any labelled pixel it is 0.
+    With several processes it is scaled such that the average over processes is the mean over all their
+    pixels. Without any labelled pixel it is 0.
     """
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
@@ -83,16 +92,17 @@ def linear_loss(logits, label):
 def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
 
-    pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored; extra clusters are kept.
-    Raises ValueError for other shapes, or a prediction outside [0,clusters).
+    pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored; extra clusters are
+    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters).
     """
     if pred.shape != label.shape:
-        raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} should have one shape")
+        raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: they should have one shape")
     valid = (label >= 0) & (label < classes)
     pred, label = pred[valid].long(), label[valid].long()
-    counts = torch.bincount(pred * classes + label, minlength=clusters * classes)    # int64: float32 stops at 2^24
-    if len(counts) > clusters * classes or (pred < 0).any():
+    if len(pred) and (pred.min() < 0 or pred.max() >= clusters):
         raise ValueError(f"the prediction holds a cluster outside 0..{clusters - 1}")
+    # int64: float32 stops at 2^24
+    counts = torch.bincount(pred * classes + label, minlength=clusters * classes)
     return counts.view(clusters, classes)
 
 
@@ -108,27 +118,31 @@ def hungarian(confusion):
 
 
 def majority(confusion):
-    """(clusters,classes) counts -> (clusters,) the most frequent class of each cluster (many-to-one), -1 = empty."""
+    """(clusters,classes) counts -> (clusters,) the most frequent class of each cluster (many-to-one), -1 =
+    empty."""
     return confusion.argmax(1).where(confusion.sum(1) > 0, -1).cpu()
 
 
 def matched(confusion, assignment):
-    """Counts (clusters,classes) -> (classes+1,classes) by predicted class; the last row: clusters without a class."""
+    """Counts (clusters,classes) -> (classes+1,classes) by predicted class; the last row: clusters without a
+    class."""
     classes = confusion.shape[1]
     rows = assignment.where(assignment >= 0, classes).to(confusion.device)
     return confusion.new_zeros(classes + 1, classes).index_add_(0, rows, confusion)
 
 
 def scores(confusion):
-    """Scores of a confusion (classes,classes), predictions as rows; rows beyond are predictions of no class: errors.
+    """Scores of a confusion (classes,classes), predictions as rows; rows beyond are predictions of no class:
+    errors.
 
-    -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor labels (iou)
-    or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes that have an IoU.
+    -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor
+    labels (iou) or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes
+    that have an IoU.
     """
     counts = confusion.cpu().double()
     classes = counts.shape[1]
     right, pixels, predicted = counts.diagonal(), counts.sum(0), counts.sum(1)[:classes]
-    iou = right / (pixels + predicted - right)                                       # 0/0 = NaN: absent from both
+    iou = right / (pixels + predicted - right)  # 0/0 = NaN: absent from both
     return {"miou": iou.nanmean().item(), "accuracy": (right.sum() / pixels.sum()).item(), "iou": iou,
             "precision": right / predicted, "pixels": pixels.long()}
 
@@ -137,10 +151,12 @@ def scores(confusion):
 
 @torch.no_grad()
 def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
-    """Spherical K-means: (n,D) -> centres (clusters,D) of unit length, the best of `restarts` runs by inertia.
+    """Spherical K-means: (n,D) -> centres (clusters,D) of unit length, the best of `restarts` runs by
+    inertia.
 
-    Starts as k-means++ does (Arthur and Vassilvitskii 2007), with the distance 1 - cosine. One run alone moves by up to
-    ten points of mIoU with its start, hence the restarts. Memory: n x D and chunks of 16,384 x clusters.
+    Starts as k-means++ does (Arthur and Vassilvitskii 2007), with the distance 1 - cosine. One run alone
+    moves by up to ten points of mIoU with its start, hence the restarts. Memory: n x D and chunks of 16,384 x
+    clusters.
     """
     x = F.normalize(features.float(), dim=1)
     if len(x) < clusters:
@@ -150,7 +166,7 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
     for _ in range(restarts):
         centres = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
         distance = (1 - x @ centres[0]).clamp(min=0)
-        for _ in range(clusters - 1):                                                # far points are likelier starts
+        for _ in range(clusters - 1):  # far points are likelier starts
             cumulative = distance.double().cumsum(0)
             draw = torch.rand(1, generator=generator, dtype=torch.double).to(x.device) * cumulative[-1]
             centres = torch.cat([centres, x[torch.searchsorted(cumulative, draw).clamp(max=len(x) - 1)]])
@@ -162,7 +178,7 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
                 break
             fit = cosine.sum().item()
             sums = torch.zeros_like(centres).index_add_(0, nearest, x)
-            lost = torch.bincount(nearest, minlength=clusters) == 0                  # goes to the worst served points
+            lost = torch.bincount(nearest, minlength=clusters) == 0  # goes to the worst served points
             if lost.any():
                 sums[lost] = x[cosine.topk(int(lost.sum()), largest=False).indices]
             centres = F.normalize(sums, dim=1)
@@ -174,7 +190,8 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
 # ---------------------------------------------------------------- prediction
 
 def padded(images, patch):
-    """images (B,3,H,W) with sides rounded up to multiples of the patch by repeating the last row and column."""
+    """images (B,3,H,W) with sides rounded up to multiples of the patch by repeating the last row and column.
+    """
     return F.pad(images, (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch), mode="replicate")
 
 
@@ -185,8 +202,8 @@ def patch_of(model):
 def encode(model, images, flip=False, tile=None):
     """images (B,3,H,W), sides multiples of the patch -> code (B,K,h,w).
 
-    flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of that many
-    pixels, blended, for images whose attention would not fit into memory.
+    flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of
+    that many pixels, blended, for images whose attention would not fit into memory.
     """
     if flip:
         return (encode(model, images, tile=tile) + encode(model, images.flip(-1), tile=tile).flip(-1)) / 2
@@ -197,7 +214,7 @@ def encode(model, images, flip=False, tile=None):
     (tops, rows), (lefts, columns) = (tile_positions(side, tile, patch) for side in (height, width))
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
-        cell = rows // code.shape[-2]                                                # pixels per cell of the code
+        cell = rows // code.shape[-2]  # pixels per cell of the code
         ramp = tile_ramp(top, rows, height, tile, cell)[:, None] * tile_ramp(left, columns, width, tile, cell)
         if total is None:
             total = code.new_zeros(*code.shape[:2], height // cell, width // cell)
@@ -209,7 +226,8 @@ def encode(model, images, flip=False, tile=None):
 
 
 def tile_positions(side, tile, patch):
-    """Starts and length of the tiles along one side: multiples of the patch, neighbours overlap by a quarter or more."""
+    """Starts and length of the tiles along one side: multiples of the patch, neighbours overlap by a quarter
+    or more."""
     length = min(side, max(tile // patch, 4) * patch)
     last = side - length
     count = -(-last // max(patch, length * 3 // 4)) + 1
@@ -217,7 +235,8 @@ def tile_positions(side, tile, patch):
 
 
 def tile_ramp(start, length, side, tile, cell):
-    """Weight of each cell of a tile along one side: 0 next to a cut, where context is missing, then a ramp, then 1."""
+    """Weight of each cell of a tile along one side: 0 next to a cut, where context is missing, then a ramp,
+    then 1."""
     x = (torch.arange(length // cell) + 0.5) * cell
     left = x if start else torch.full_like(x, math.inf)
     right = length - x if start + length < side else torch.full_like(x, math.inf)
@@ -226,7 +245,8 @@ def tile_ramp(start, length, side, tile, cell):
 
 
 def upsample(x, size, shape):
-    """x (B,C,h,w), a map of an image of sides `shape` after padding -> (B,C,*size), the image's own part of it."""
+    """x (B,C,h,w), a map of an image of sides `shape` after padding -> (B,C,*size), the image's own part of
+    it."""
     (height, width), (inner_height, inner_width), (outer_height, outer_width) = size, *shape
     full = round(height * outer_height / inner_height), round(width * outer_width / inner_width)
     return F.interpolate(x, full, mode="bilinear")[..., :height, :width]
@@ -239,7 +259,8 @@ def chunks(count, size, limit=2 ** 26):
 
 
 def arg_max(maps, size, shape):
-    """maps (B,C,h,w) -> (B,H,W) index of the largest channel after bilinear upsampling, with bounded memory."""
+    """maps (B,C,h,w) -> (B,H,W) index of the largest channel after bilinear upsampling, with bounded memory.
+    """
     best = index = None
     for part in chunks(maps.shape[1], (size[0] * len(maps), size[1])):
         value, place = upsample(maps[:, part], size, shape).max(1)
@@ -251,12 +272,14 @@ def arg_max(maps, size, shape):
 
 @torch.no_grad()
 def predict(model, images, size=None, flip=False, crf=False, tile=None):
-    """Segment images (B,3,H,W), normalised, of any size -> {"cluster": (B,*size) int64, "linear": likewise or None}.
+    """Segment images (B,3,H,W), normalised, of any size -> {"cluster": (B,*size) int64, "linear": likewise or
+    None}.
 
-    The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the nearest centre by cosine,
-    or the largest logit. Both scores are linear in the code but for the code's length, which no arg-max over centres
-    sees, so the few score maps are upsampled instead of the wide code: exactly the same arg-max.
-    crf: the fully connected CRF on log-softmax(alpha * cosine) and log-softmax(logits), alpha from the model, as published.
+    The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the nearest
+    centre by cosine, or the largest logit. Both scores are linear in the code but for the code's length,
+    which no arg-max over centres sees, so the few score maps are upsampled instead of the wide code: exactly
+    the same arg-max. crf: the fully connected CRF on log-softmax(alpha * cosine) and log-softmax(logits),
+    alpha from the model, as published.
     """
     size = tuple(size or images.shape[-2:])
     large = padded(images, patch_of(model))
@@ -277,11 +300,11 @@ def label_pixels(model, code, images, size, shape, crf=False):
     result = {"linear": None}
     for head, low in maps.items():
         logits = upsample(low, size, shape)
-        if head == "cluster":                                                        # here the length does matter
+        if head == "cluster":  # here the length does matter
             parts = (upsample(code[:, part], size, shape) for part in chunks(code.shape[1], size, 2 ** 24))
             length = sum(part.square().sum(1, keepdim=True) for part in parts).sqrt()
             logits = getattr(model, "alpha", 2) * logits / length.clamp(min=1e-12)
-        one = 1 if rgb.device.type == "cpu" else len(rgb)                            # a CPU's cache holds one image
+        one = 1 if rgb.device.type == "cpu" else len(rgb)  # a CPU's cache holds one image
         result[head] = torch.cat([dense_crf(a, b).argmax(1) for a, b in
                                   zip(rgb.split(one), logits.log_softmax(1).split(one))])
     return result
@@ -290,17 +313,18 @@ def label_pixels(model, code, images, size, shape, crf=False):
 # ---------------------------------------------------------------- evaluation
 
 def batches(dataset, size, workers=0, what="evaluation"):
-    """This process's share of the batches of a data set, in order: lists of items. A batch is the same for any number
-    of processes, so that rounding, and with it every count, is the same too."""
+    """This process's share of the batches of a data set, in order: lists of items. A batch is the same for
+    any number of processes, so that rounding, and with it every count, is the same too."""
     keys = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list,
-                                         num_workers=workers, worker_init_fn=common.quiet_worker,
-                                         generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list, num_workers=workers,
+        worker_init_fn=common.quiet_worker, generator=torch.Generator())   # its own: ours stays untouched
     return tqdm(loader, desc=what, unit="batch", leave=False, disable=common.rank() > 0, dynamic_ncols=True)
 
 
 def same_size(items):
-    """Consecutive items of one size, stacked: yields batches, since some protocols keep each photo's own shape."""
+    """Consecutive items of one size, stacked: yields batches, since some protocols keep each photo's own
+    shape."""
     for _, group in itertools.groupby(items, key=lambda item: (item["image"].shape, item["label"].shape)):
         group = list(group)
         yield {key: torch.stack([item[key] for item in group]) if torch.is_tensor(group[0][key])
@@ -308,13 +332,15 @@ def same_size(items):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0, watch=(), what="evaluation"):
+def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0, watch=(),
+             what="evaluation"):
     """Count predictions against labels over a whole data set; only counts are kept, so memory does not grow.
 
-    -> {"cluster": (clusters,classes) int64, "linear": (classes,classes) or None, "watched": (len(watch),clusters,classes)
-    the counts of single images, "failed": [(path, reason)]}, summed over processes. predictions are rows.
-    A data set without labels is counted as one class, so that the row sums say how many pixels a cluster has.
-    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster.clusters (clusters,K), .linear (module or None), .alpha.
+    -> {"cluster": (clusters,classes) int64, "linear": (classes,classes) or None, "watched":
+    (len(watch),clusters,classes) the counts of single images, "failed": [(path, reason)]}, summed over
+    processes. predictions are rows. A data set without labels is counted as one class, so that the row sums
+    say how many pixels a cluster has. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster.clusters
+    (clusters,K), .linear (module or None), .alpha.
     """
     model.eval()
     classes, clusters = max(dataset.classes, 1), len(model.cluster.clusters)
@@ -326,24 +352,31 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     for items in batches(dataset, batch_size, workers, what):
         failed += [(item["path"], item["error"]) for item in items if item["error"]]
         for batch in same_size([item for item in items if not item["error"]]):
-            label = batch["label"].to(device) if dataset.classes else torch.zeros_like(batch["label"]).to(device)
+            label = batch["label"].to(device)
+            label = label if dataset.classes else torch.zeros_like(label)
             found = predict(model, batch["image"].to(device), label.shape[-2:], flip, crf)
             counts["cluster"] += confusion_matrix(found["cluster"], label, clusters, classes)
             if linear:
                 counts["linear"] += confusion_matrix(found["linear"], label, classes, classes)
-            for i, index in enumerate(batch["index"]):
+            for pred, true, index in zip(found["cluster"], label, batch["index"]):
                 if index in place:
-                    counts["watched"][place[index]] = confusion_matrix(found["cluster"][i], label[i], clusters, classes)
+                    counts["watched"][place[index]] = confusion_matrix(pred, true, clusters, classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
+    return {**counts, "linear": counts["linear"] if linear else None, "failed": collect(failed)}
+
+
+def collect(failed):
+    """[(path, reason)] of this process -> those of all processes, sorted."""
     everyone = [failed]
     if common.world() > 1:
         everyone = [None] * common.world()
         dist.all_gather_object(everyone, failed)
-    return {**counts, "linear": counts["linear"] if linear else None, "failed": sorted(set(sum(everyone, [])))}
+    return sorted(set(sum(everyone, [])))
 
 
 class Clustered(nn.Module):
-    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with given cluster centres: what `evaluate` takes."""
+    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with given cluster centres: what `evaluate` takes.
+    """
     def __init__(self, encoder, patch, centres):
         super().__init__()
         self.linear, self.alpha = None, 2
@@ -358,8 +391,9 @@ class Clustered(nn.Module):
 def sample_points(encoder, dataset, device, patch=1, points=160, images=128, seed=0):
     """Features of random cells of the feature map of at most `images` evenly spaced images of a data set.
 
-    -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none, mean features of the images (n,D).
-    Cells and not interpolated pixels: mixtures at borders would cost the baseline six points of mIoU on the scenes.
+    -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none, mean features of the
+    images (n,D). Cells and not interpolated pixels: mixtures at borders would cost the baseline six points of
+    mIoU on the scenes.
     """
     features, labels, means = [], [], []
     generator = torch.Generator().manual_seed(seed)
@@ -371,7 +405,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
         feats = encoder(padded(item["image"][None].to(device), patch))[0].float()    # (D, h, w)
         label = item["label"]
         rows, columns = (((torch.arange(n) + 0.5) * (-side % patch + side) / n).long() for n, side in
-                         zip(feats.shape[1:], label.shape))                          # pixel at the centre of each cell
+                         zip(feats.shape[1:], label.shape))  # pixel at the centre of each cell
         rows, columns = rows[rows < label.shape[0]], columns[columns < label.shape[1]]
         cell = torch.randint(len(rows) * len(columns), (points,), generator=generator)
         y, x = cell // len(columns), cell % len(columns)
@@ -384,29 +418,32 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
 
 def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False):
-    """An encoder with spherical K-means centres, and on request a linear probe, fitted on features of the data set
-    `images`; also the labels (clusters,classes) of the sampled pixels by cluster, or None without labels."""
+    """An encoder with spherical K-means centres, and on request a linear probe, fitted on features of the
+    data set `images`; also the labels (clusters,classes) of the sampled pixels by cluster, or None without
+    labels."""
     features, labels, _ = sample_points(encoder, images, device, patch, seed=seed)
     features, labels = features.flatten(0, 1), labels.flatten()
     model = Clustered(encoder, patch, kmeans(features, clusters, seed=seed))
     labelled = bool((labels >= 0).any())
     if linear and labelled:
         model.linear = fit_linear(features, labels, images.classes)
-    if common.world() > 1:                                                           # the same to the last bit
-        for tensor in [model.cluster.clusters.data, *(p.data for p in (model.linear or nn.Identity()).parameters())]:
-            dist.broadcast(tensor, 0)
+    if common.world() > 1:  # the same to the last bit
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
     nearest = (features @ model.cluster.clusters.T).argmax(1)
     return model, confusion_matrix(nearest, labels, clusters, images.classes) if labelled else None
 
 
 @torch.no_grad()
 def refit_clusters(run, model, images):
-    """Move the centres of a trained model's cluster probe to spherical K-means of its codes on the train split `images`.
+    """Move the centres of a trained model's cluster probe to spherical K-means of its codes on the train
+    split `images`.
 
-    No label is read. Probes that learn online drop small classes, since a centre that never wins never moves; all five
-    methods may end with this step, and say so where the paper does not. The checkpoint is written anew.
+    No label is read. Probes that learn online drop small classes, since a centre that never wins never moves;
+    all five methods may end with this step, and say so where the paper does not. The checkpoint is written
+    anew.
     """
-    images.read_images = True                                                        # cached features may have left it off
+    images.read_images = True  # cached features may have left it off
     model.eval()
     codes = sample_points(model, images, run.device, patch_of(model), seed=run.args.seed)[0].flatten(0, 1)
     model.cluster.clusters.data.copy_(kmeans(codes, len(model.cluster.clusters), seed=run.args.seed))
@@ -414,7 +451,8 @@ def refit_clusters(run, model, images):
 
 
 def fit_linear(features, labels, classes):
-    """Logistic regression on features (n,D), labels (n,), -1 = none -> LinearProbe: the best one for them, by L-BFGS."""
+    """Logistic regression on features (n,D), labels (n,), -1 = none -> LinearProbe: the best one for them, by
+    L-BFGS."""
     features, labels = features[labels >= 0], labels[labels >= 0]
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = (features - mean) / deviation
@@ -423,28 +461,31 @@ def fit_linear(features, labels, classes):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ probe.weight[:, :, 0, 0].T + probe.bias, labels) + 1e-4 * probe.weight.square().sum()
+        loss = F.cross_entropy(x @ probe.weight[:, :, 0, 0].T + probe.bias, labels)
+        loss = loss + 1e-4 * probe.weight.square().sum()
         loss.backward()
         return loss
     with torch.enable_grad():
         optimizer.step(closure)
-    weight = probe.weight.data[:, :, 0, 0] / deviation                               # for features as they come
+    weight = probe.weight.data[:, :, 0, 0] / deviation  # for features as they come
     probe.bias.data -= weight @ mean
     probe.weight.data = weight[:, :, None, None]
     return probe
 
 
 def baseline(run, encoder, images, val, clusters, patch=1):
-    """K-means on encoder(images) (B,D,h,w), fitted on the train split, scored on val -> confusion (clusters,classes)."""
+    """K-means on encoder(images) (B,D,h,w), fitted on the train split, scored on val -> confusion
+    (clusters,classes)."""
     with torch.no_grad():
         model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
-    return evaluate(model, val, run.device, batch_size=16, workers=run.args.workers or 0, what="k-means")["cluster"]
+    return evaluate(model, val, run.device, workers=run.args.workers or 0, what="k-means")["cluster"]
 
 
 # ---------------------------------------------------------------- pictures
 
 def distinct(count, first=()):
-    """`count` colours (count,3) uint8, each as far as can be from those before it in CIELAB, the given ones included."""
+    """`count` colours (count,3) uint8, each as far as can be from those before it in CIELAB, the given ones
+    included."""
     steps = np.linspace(30, 250, 8)
     rgb = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     lab = to_lab(rgb)
@@ -461,7 +502,8 @@ def distinct(count, first=()):
 def to_lab(rgb):
     """sRGB (n,3) in 0..255 -> CIELAB (n,3), where distances are roughly those the eye sees."""
     linear = (rgb / 255) ** 2.2
-    xyz = linear @ np.array([[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])   # white = 1
+    # white = 1
+    xyz = linear @ np.array([[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])
     f = np.cbrt(xyz)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
@@ -484,7 +526,8 @@ def naming(assignment, names, palette):
     ids = assignment.clone()
     ids[free] = torch.arange(len(names), len(names) + len(free))
     palette = np.asarray(palette, np.uint8).reshape(-1, 3)[:len(names)]
-    return ids, [*names, *(f"cluster {k}" for k in free)], np.concatenate([palette, distinct(len(free), palette)])
+    palette = np.concatenate([palette, distinct(len(free), palette)])
+    return ids, [*names, *(f"cluster {k}" for k in free)], palette
 
 
 def paint(ids, palette):
@@ -503,7 +546,7 @@ def outline(ids):
 def overlay(photo, ids, palette, strength=0.5):
     """photo uint8 (H,W,3) tinted by the colours of ids (H,W), with outlines at full resolution."""
     tinted = (1 - strength) * photo + strength * paint(ids, palette)
-    tinted[outline(ids)] = paint(ids, palette)[outline(ids)] * 0.4 + 153             # bright edge in the segment's hue
+    tinted[outline(ids)] = paint(ids, palette)[outline(ids)] * 0.4 + 153  # bright edge in the segment's hue
     return tinted.round().astype(np.uint8)
 
 
@@ -525,17 +568,18 @@ def sheet(rows, titles, names, palette, captions=()):
     """Rows of uint8 pictures (H,W,3) under column titles, with a caption over each row and a legend below."""
     size = 14
     cells = [[Image.fromarray(np.asarray(cell)) for cell in row] for row in rows]
-    widths = [max([row[c].width for row in cells] + [text_size(title, size)[0]]) for c, title in enumerate(titles)]
+    widths = [max(text_size(title, size)[0], *(row[c].width for row in cells)) for c, title in enumerate(titles)]
     head = 22 if captions else 6
     key = legend(names, palette, max(sum(widths) + 6 * (len(titles) + 1), 320))
-    picture = Image.new("RGB", (key.width, 24 + sum(max(c.height for c in row) + head for row in cells) + key.height),
-                        "white")
+    height = 24 + sum(max(cell.height for cell in row) + head for row in cells)
+    picture = Image.new("RGB", (key.width, height + key.height), "white")
     draw, y = ImageDraw.Draw(picture), 24
     for c, title in enumerate(titles):
         draw.text((6 + sum(widths[:c]) + 6 * c, 12), title, "black", font(size), "lm")
     for r, row in enumerate(cells):
         if captions:
-            draw.text((6, y + head // 2), shorten(captions[r], picture.width - 12, 12), "black", font(12), "lm")
+            caption = shorten(captions[r], picture.width - 12, 12)
+            draw.text((6, y + head // 2), caption, "black", font(12), "lm")
         for c, cell in enumerate(row):
             picture.paste(cell, (6 + sum(widths[:c]) + 6 * c, y + head - (0 if captions else 6)))
         y += max(cell.height for cell in row) + head
@@ -552,7 +596,8 @@ def shorten(text, width, size):
 
 def confusion_picture(confusion, names, title,
                       note="rows: true class and its share of the pixels; columns: prediction, % of the row"):
-    """(classes[+1],classes) counts, predictions as rows -> a picture: labels as rows, each row normalised to 100 %."""
+    """(classes[+1],classes) counts, predictions as rows -> a picture: labels as rows, each row normalised to
+    100 %."""
     classes = confusion.shape[1]
     columns = [*names, "no class"][:classes + int(len(confusion) > classes and confusion[classes:].sum() > 0)]
     counts = confusion[:len(columns)].double().cpu().T.numpy()
@@ -581,9 +626,9 @@ def confusion_picture(confusion, names, title,
             shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))   # white to dark blue
             draw.rectangle((x, y, x + cell, y + cell), shade, "lightgrey")
             if value >= 0.005:
-                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", "white" if value > 0.5 else "black",
-                          font(size - 1), "mm")
-    for r in range(classes):                                                         # last: the frames stay whole
+                ink = "white" if value > 0.5 else "black"
+                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", ink, font(size - 1), "mm")
+    for r in range(classes):  # last: the frames stay whole
         x, y = left + r * cell, top + r * cell
         draw.rectangle((x, y, x + cell, y + cell), None, "red")
     return picture
@@ -601,8 +646,9 @@ def fit(picture, height=240, mode=Image.Resampling.NEAREST):
     return np.asarray(image.resize((max(1, round(image.width * height / image.height)), height), mode))
 
 
-def samples(models, dataset, device, indices, namings, captions=(), flip=False, crf=False):
-    """A sheet: photo, ground truth (where there are labels) and one prediction per (title, model), by cluster name.
+def samples(models, dataset, device, indices, namings, captions=()):
+    """A sheet: photo, ground truth (where there are labels) and one prediction per (title, model), by cluster
+    name.
 
     namings: what `naming` gave for each model; the colours of the first serve the ground truth.
     """
@@ -614,12 +660,14 @@ def samples(models, dataset, device, indices, namings, captions=(), flip=False, 
         if dataset.classes:
             row.append(fit(paint(label, namings[0][2])))
             seen |= {i: (namings[0][1][i], namings[0][2][i]) for i in np.unique(label[label >= 0]).tolist()}
+            seen |= {-1: ("not labelled", (0, 0, 0))} if (label < 0).any() else {}
         for (_, model), (ids, names, palette) in zip(models, namings):
-            found = ids[predict(model, item["image"][None].to(device), label.shape, flip, crf)["cluster"][0].cpu()].numpy()
+            found = predict(model, item["image"][None].to(device), label.shape)["cluster"][0].cpu()
+            found = ids[found].numpy()
             row.append(fit(paint(found, palette)))
             seen |= {i: (names[i], palette[i]) for i in np.unique(found).tolist()}
         rows.append(row)
-    names, palette = zip(*(seen[i] for i in sorted(seen)))
+    names, palette = zip(*(seen[i] for i in sorted(seen, key=lambda i: (i < 0, i))))
     titles = ["photo", *["ground truth"] * (dataset.classes > 0), *(title for title, _ in models)]
     return sheet(rows, titles, names, palette, captions)
 
@@ -628,22 +676,26 @@ def samples(models, dataset, device, indices, namings, captions=(), flip=False, 
 
 def table(results, names):
     """The text table of {title: scores}: per-class IoU and precision, mIoU and accuracy, in percent."""
-    titles = list(results)
-    if len(titles) > 4:                                                              # as wide as a terminal
-        return table(dict(list(results.items())[:4]), names) + "\n\n" + table(dict(list(results.items())[4:]), names)
-    width = max([len(name) for name in names] + [8])
-    pixels = results[titles[0]]["pixels"]
-    number = lambda x: f"{100 * x:6.1f}" if math.isfinite(x) else "     -"           # noqa: E731
-    wide = max(16, *(len(title) + 2 for title in titles))
-    lines = [" " * (width + 9) + "".join(f"{title:>{wide}}" for title in titles),
-             f"{'':{width}} {'pixels %':>8}" + f"{'IoU  precision':>{wide}}" * len(titles)]
+    if len(results) > 4:  # as wide as a terminal
+        parts = list(results.items())
+        return table(dict(parts[:4]), names) + "\n\n" + table(dict(parts[4:]), names)
+    left, wide = max(8, *map(len, names)), max(16, *(len(title) + 2 for title in results))
+    pixels = next(iter(results.values()))["pixels"].tolist()
+
+    def percent(x):
+        return f"{100 * x:6.1f}" if math.isfinite(x) else "     -"
+
+    def line(name, share, cells):
+        return f"{name:{left}} {share:>8}" + "".join(f"{cell:>{wide}}" for cell in cells)
+    lines = [line("", "", results), line("", "pixels %", ["IoU  precision"] * len(results))]
     for i, name in enumerate(names):
-        lines.append(f"{name:{width}} {number(pixels[i].item() / max(pixels.sum().item(), 1)):>8}" + "".join(
-            f"{number(r['iou'][i].item()):>{wide - 9}}   {number(r['precision'][i].item())}" for r in results.values()))
-    for key, label in (("miou", "mIoU"), ("accuracy", "accuracy")):
-        lines.append(f"{label:{width}} {'':>8}" + "".join(f"{number(r[key]):>{wide - 9}}{'':9}" for r in results.values()))
-    absent = {title: [n for n, x in zip(names, r["iou"].tolist()) if math.isnan(x)] for title, r in results.items()}
-    lines += [f"{title}: neither labelled nor predicted, not averaged: {', '.join(a)}" for title, a in absent.items() if a]
+        cells = [f"{percent(r['iou'][i].item())}   {percent(r['precision'][i].item())}" for r in results.values()]
+        lines.append(line(name, percent(pixels[i] / max(sum(pixels), 1)), cells))
+    lines += [line(name, "", [percent(r[key]) + " " * 9 for r in results.values()])
+              for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"))]
+    for title, r in results.items():
+        absent = [name for name, x in zip(names, r["iou"].tolist()) if math.isnan(x)]
+        lines += [f"{title}: neither labelled nor predicted, not averaged: {', '.join(absent)}"] * bool(absent)
     return "\n".join(lines)
 
 
@@ -665,12 +717,13 @@ def evenly(count, total):
 def finish(run, model, images, val, encode=None):
     """The end of every training run: score it on val, print the table, write scores.json and the pictures.
 
-    images: the train split, on which the baseline's K-means is fitted. encode: (B,3,H,W) -> features (B,D,h,w) for the
-    baseline, default the model's backbone. Returns the exit code: 1 if some image could not be read, else 0.
+    images: the train split, on which the baseline's K-means is fitted. encode: (B,3,H,W) -> features
+    (B,D,h,w) for the baseline, default the model's backbone. Returns the exit code: 1 if some image could not
+    be read, else 0.
     """
     if run.args.bench:
         return 0
-    images.read_images = True                                                        # the baseline looks at them again
+    images.read_images = True  # the baseline looks at them again
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else None
     workers = run.args.workers or 0
     result = evaluate(model, val, run.device, workers=workers, watch=evenly(200, len(val)))
@@ -688,6 +741,8 @@ def heads(result, val, suffix=""):
     shown = {}
     if val.classes:
         shown["cluster" + suffix] = scores(matched(result["cluster"], hungarian(result["cluster"])))
+        if len(result["cluster"]) > val.classes:
+            shown["majority" + suffix] = scores(matched(result["cluster"], majority(result["cluster"])))
         if result["linear"] is not None:
             shown["linear" + suffix] = scores(result["linear"])
     return shown
@@ -698,11 +753,12 @@ def matching(result, val):
     return hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
 
 
-TITLES = {"cluster": "cluster", "linear": "linear probe", "kmeans": "K-means, raw"}
+TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-means, raw"}
 
 
 def report(folder, model, val, device, result, shown, prefix="", **more):
-    """Print the table of `shown`; write scores.json, samples.png, best_and_worst.png and confusion.png into folder."""
+    """Print the table of `shown`; write scores.json, samples.png, best_and_worst.png and confusion.png into
+    folder."""
     assignment = matching(result, val)
     ids, names, palette = naming(assignment, val.names, val.palette)
     print(f"\n{val.name} {val.split}, {len(val) - len(result['failed'])} images")
@@ -710,8 +766,9 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
           "no labels, hence no scores; the pictures show what was found")
     for path, reason in result["failed"]:
         print(f"not scored: {path}: {reason}", file=sys.stderr)
-    content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names, "names": names,
-               "palette": palette.tolist(), "matching": ids, "versions": common.versions(torch.device(device))}
+    content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names,
+               "names": names, "palette": palette.tolist(), "matching": ids,
+               "versions": common.versions(torch.device(device))}
     common.write(folder / f"{prefix}scores.json", json.dumps(plain(content), indent=1).encode())
     pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
                                        [(ids, names, palette)])}
@@ -724,8 +781,9 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
         pictures["best_and_worst.png"] = samples(
             [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
             [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
-        pictures["confusion.png"] = confusion_picture(matched(result["cluster"], assignment), val.names,
-                                                      f"{val.name} {val.split}: clusters, named by Hungarian matching")
+        pictures["confusion.png"] = confusion_picture(
+            matched(result["cluster"], assignment), val.names,
+            f"{val.name} {val.split}: clusters, named by Hungarian matching")
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
     print("wrote " + ", ".join(str(folder / (prefix + name)) for name in ["scores.json", *pictures]))
@@ -743,12 +801,13 @@ def write_png(path, picture):
 def load_run(folder, device="cpu", root=None, weights=None):
     """A trained run -> model (in eval mode, on the device), its options, its checkpoint.
 
-    The model is rebuilt by the file of its method from the checkpoint's options alone. root, weights: where data and
-    backbone lie on this machine, if elsewhere than at training. Raises FileNotFoundError or ValueError with one line.
+    The model is rebuilt by the file of its method from the checkpoint's options alone. root, weights: where
+    data and backbone lie on this machine, if elsewhere than at training. Raises FileNotFoundError or
+    ValueError with one line.
     """
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
-        raise ValueError(f"{folder} is a run of {checkpoint['method']!r}, which is none of {', '.join(common.METHODS)}")
+        raise ValueError(f"{folder}: {checkpoint['method']!r} is none of the methods {', '.join(common.METHODS)}")
     args = argparse.Namespace(**checkpoint["args"])
     args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     if checkpoint["model"] is None:
@@ -758,58 +817,75 @@ def load_run(folder, device="cpu", root=None, weights=None):
     return model.to(device).eval(), args, checkpoint
 
 
+def open_run(folder, options, device):
+    return load_run(folder, device, None if options.data else options.root, options.weights)
+
+
 def load_data(options, args, split, patch):
     """The data set that a run is scored on: its own, unless --data names another."""
     name, size = options.data or args.data, options.size or getattr(args, "eval_size", args.size)
     protocol = options.protocol or (None if options.data else args.protocol)
-    return data.load(name, options.root or args.root, split, size=-(-size // patch) * patch, protocol=protocol)
+    size = -(-size // patch) * patch
+    return data.load(name, options.root or args.root, split, size=size, protocol=protocol)
 
 
 def score_run(folder, options, device):
-    """`python eval.py RUN`: score one run, write into its folder, and give (options of the run, scores, exit code)."""
-    model, args, _ = load_run(folder, device, None if options.data else options.root, options.weights)
+    """`python eval.py RUN`: score one run, write into its folder, and give (options of the run, scores, exit
+    code)."""
+    model, args, _ = open_run(folder, options, device)
     patch, folder = patch_of(model), Path(folder)
     val = load_data(options, args, options.split, patch)
     other = options.data not in (None, args.data)
-    if other:                                                                        # its classes are not the run's
+    if other:  # its classes are not the run's
         model.linear = None
     prefix = f"{val.name}-" * other + f"{options.split}-" * (options.split != "val") + "".join(
-        f"{value}-" for value in (options.size, options.protocol) if value)          # beside the run's own scores.json
+        # beside the run's own scores.json
+        f"{value}-" for value in (options.size, options.protocol) if value)
     count = dict(workers=options.workers, batch_size=options.batch_size)
     result = evaluate(model, val, device, watch=evenly(200, len(val)), **count)
     shown, code = heads(result, val), 1 if result["failed"] else 0
     if options.flip or options.crf:
         suffix = " + flip" * options.flip + " + CRF" * options.crf
-        shown |= heads(evaluate(model, val, device, options.flip, options.crf, what=suffix[3:], **count), val, suffix)
+        more = evaluate(model, val, device, options.flip, options.crf, what=suffix[3:], **count)
+        shown |= heads(more, val, suffix)
     if val.classes and (options.clusters or other):
         train = load_data(options, args, "train", patch)
-        shown |= fitted_on_code(model, train, val, device, options.clusters or val.classes, other, args.seed, count)
+        clusters = options.clusters or val.classes
+        shown |= fitted_on_code(model, train, val, device, clusters, other, args.seed, count)
     before = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
-    if before.get("kmeans") and not prefix:                                          # measured when training ended
-        shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value]) if isinstance(value, list)
-                           else math.nan if value is None else value for key, value in before["kmeans"].items()}
+    if before.get("kmeans") and not prefix:  # measured when training ended
+        shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value])
+                           if isinstance(value, list) else value for key, value in before["kmeans"].items()}
     if common.rank() == 0:
         report(folder, model, val, device, result, shown, prefix, seconds=before.get("seconds"))
     return args, shown, code
 
 
 def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
-    """K-means, and for another data set a linear probe, fitted on the frozen code of the train split, scored on val."""
+    """K-means, and for another data set a linear probe, fitted on the frozen code of the train split, scored
+    on val."""
     fitted, votes = fit_probes(model, train, clusters, device, patch_of(model), seed, linear)
     result = evaluate(fitted, val, device, what="k-means on the code", **count)
     shown = heads(result, val, " fitted here")
-    if clusters != val.classes:                                                      # many-to-one: ViCE's cluster model
+    if clusters != val.classes:  # many-to-one: ViCE's cluster model
         classes = majority(result["cluster"] if votes is None else votes)
+        shown.pop("majority fitted here", None)
         shown[f"{clusters} clusters, Hungarian"] = shown.pop("cluster fitted here")
         shown[f"{clusters} clusters, majority"] = scores(matched(result["cluster"], classes))
     return shown
 
 
-def score_backbone(options, device):
-    """`python eval.py --arch A --data D`: K-means and a linear probe on raw features, the baseline of every table."""
-    backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
+def raw_args(options):
+    """What takes the place of a run's options for a raw backbone."""
     name = options.data or "scenes"
-    args = argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
+    return argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
+
+
+def score_backbone(options, device):
+    """`python eval.py --arch A --data D`: K-means and a linear probe on raw features, the baseline of every
+    table."""
+    backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
+    args = raw_args(options)
     train, val = (load_data(options, args, split, backbone.patch) for split in ("train", options.split))
     clusters = options.clusters or val.classes or 27
     model, _ = fit_probes(backbone, train, clusters, device, backbone.patch, options.seed, linear=True)
@@ -825,35 +901,33 @@ def score_backbone(options, device):
 
 def compare(folders, found, markdown):
     """One line per run, and mean and deviation over the seeds of one configuration -> the table as text."""
-    local = {"seed", "out", "device", "workers", "resume", "save_every", "cache_features", "root", "compile", "json"}
+    local = "seed out device workers resume save_every cache_features root compile json".split()
     groups, rows = {}, []
     for folder, (args, shown) in zip(folders, found):
         kind = json.dumps({key: value for key, value in vars(args).items() if key not in local}, sort_keys=True)
-        groups.setdefault(kind, []).append((folder, args, shown))
-    columns = list(dict.fromkeys(key for _, shown in found for key in shown))
-    value = lambda shown, key, part: 100 * shown[key][part] if key in shown else math.nan      # noqa: E731
+        groups.setdefault(kind, []).append((str(folder), shown))
+    columns, parts = list(dict.fromkeys(key for _, shown in found for key in shown)), ("miou", "accuracy")
     for runs in groups.values():
-        for folder, args, shown in runs:
-            rows.append([str(folder), *(f"{value(shown, k, 'miou'):.1f} / {value(shown, k, 'accuracy'):.1f}"
-                                        for k in columns)])
+        numbers = np.array([[[100 * shown[key][part] if key in shown else math.nan for part in parts]
+                             for key in columns] for _, shown in runs])  # (runs, columns, 2)
+        rows += [[folder, *(f"{a:.1f} / {b:.1f}" for a, b in row)] for (folder, _), row in zip(runs, numbers)]
         if len(runs) > 1:
-            cells = []
-            for key in columns:
-                numbers = [np.array([value(shown, key, part) for *_, shown in runs]) for part in ("miou", "accuracy")]
-                cells.append(" / ".join(f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in numbers))
-            rows.append([f"mean of {len(runs)} seeds", *cells])
-    head = ["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]
+            means, deviations = numbers.mean(0), numbers.std(0, ddof=1)
+            rows.append([f"mean of {len(runs)} seeds", *(" / ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(*both))
+                                                         for both in zip(means, deviations))])
+    rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)], *rows]
     if markdown:
-        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [head, *rows])
+        rows.insert(1, ["---"] * len(rows[0]))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def side_by_side(folders, options, device):
     """A picture with a column per run: the same four photos, where the runs share a data set."""
     models, named = [], []
     for folder in folders:
-        model, args, _ = load_run(folder, device, None if options.data else options.root, options.weights)
+        model, args, _ = open_run(folder, options, device)
         val = load_data(options, args, options.split, patch_of(model))
         if models and (val.name, len(val)) != shared:
             print("the runs are on different data sets, so there is no picture side by side")
@@ -887,8 +961,8 @@ class InertContainer:
 def read_foreign(path):
     """The content of a checkpoint that holds more than tensors; nothing pickled in it is executed.
 
-    STEGO's files hold OmegaConf and Lightning objects, HP's a NumPy number: inert objects take the place of whatever is
-    neither a tensor nor a plain value.
+    STEGO's files hold OmegaConf and Lightning objects, HP's a NumPy number: inert objects take the place of
+    whatever is neither a tensor nor a plain value.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -904,16 +978,17 @@ STEGO_HEAD = {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp."}
 OFFICIAL = {
     "stego": {**{"net." + a: b for a, b in STEGO_HEAD.items()}, "net.model.": "backbone.",
               "cluster_probe.": "cluster.", "linear_probe.": "linear."},
-    "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.", "model.": "backbone.",
-           "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
-    "cause": {"head_ema.": "head_ema.", "head.": "head.", "projection_head.f.": "projection.", "codebook": "codebook",
-              "projection_head_ema.f.": "teacher_projection.", "linear.f.": "linear.",
+    "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
+           "model.": "backbone.", "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
+    "cause": {"head_ema.": "head_ema.", "head.": "head.", "codebook": "codebook",
+              "projection_head.f.": "projection.", "projection_head_ema.f.": "teacher_projection.", "linear.f.": "linear.",
               "cluster_probe": "cluster.clusters"},
 }
 
 
 def import_official(options):
-    """`python eval.py --official METHOD FILE... --data NAME --out RUN`: the authors' checkpoint as a run folder of ours.
+    """`python eval.py --official METHOD FILE... --data NAME --out RUN`: the authors' checkpoint as a run
+    folder of ours.
 
     stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training, with --arch.
     """
@@ -921,7 +996,7 @@ def import_official(options):
     if method not in OFFICIAL or not files:
         raise ValueError(f"--official takes a method ({', '.join(OFFICIAL)}) and its file or files")
     if not options.data or not options.out:
-        raise ValueError("--official needs --data, the data set that the checkpoint was trained on, and --out RUN")
+        raise ValueError("--official needs --data, what the checkpoint was trained on, and --out RUN")
     folder, tensors = Path(options.out), {}
     if (folder / "last.pt").exists():
         raise ValueError(f"{folder} already holds a run; choose another --out")
@@ -931,7 +1006,7 @@ def import_official(options):
         except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError) as error:
             raise ValueError(f"{file} cannot be read as a checkpoint ({type(error).__name__})") from None
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        for key, value in list(content.items()):                                     # HP: one dictionary per module
+        for key, value in list(content.items()):  # HP: one dictionary per module
             if isinstance(value, dict):
                 prefix = "" if key == "net_model_state_dict" else f"{key}."
                 content |= {prefix + name: tensor for name, tensor in value.items()}
@@ -943,10 +1018,10 @@ def import_official(options):
     backbone = {key[9:]: tensors.pop(key) for key in list(tensors) if key.startswith("backbone.")}
     module = importlib.import_module(method)
     if not {"linear.weight", "cluster.clusters"} <= set(tensors):
-        raise ValueError(f"{', '.join(files)}: no probes of {method} in there; is it a checkpoint of {method}?")
+        raise ValueError(f"{', '.join(files)} holds no probes of {method}; is it a checkpoint of {method}?")
     arch = options.arch
     if backbone:
-        width, patch = backbone["patch_embed.proj.weight"].shape[0], backbone["patch_embed.proj.weight"].shape[-1]
+        width, _, _, patch = backbone["patch_embed.proj.weight"].shape
         arch = {384: "vits", 768: "vitb"}[width] + str(patch)
     elif not arch:
         raise ValueError("the file holds no backbone: name it with --arch (vits8, dinov2_vitb14, ...)")
@@ -960,27 +1035,29 @@ def import_official(options):
         args.head, args.size, args.eval_size = "tr" if len(queries) else "mlp", size, size
         args.codes, args.projection_dim = len(tensors["codebook"]), len(tensors["projection.weight"])
         if arch in ("vits8", "vits16"):
-            args.heads = 12                                                          # as the authors built DINO's ViT-S
+            args.heads = 12  # as the authors built DINO's ViT-S
     model = module.Model(argparse.Namespace(**{**vars(args), "weights": "none"}))
     if method == "cause":
-        module.load_published_head(heads, model.teacher)                             # takes head_ema. where it is
+        module.load_published_head(heads, model.teacher)  # takes head_ema. where it is
         module.load_published_head({k: v for k, v in heads.items() if k.startswith("head.")}, model.student)
-        tensors |= {key: value for key, value in common.trained(model).items() if key.startswith(("teacher.", "student."))}
+        tensors |= {key: value for key, value in common.trained(model).items()
+                    if key.startswith(("teacher.", "student.")) and key not in tensors}
     own = common.trained(model)
     for key in own:
-        if key not in tensors and key.startswith(("head.mlp.", "project")):          # a linear head; HP's Z is not saved
+        # a linear head; HP's Z is not saved
+        if key not in tensors and key.startswith(("head.mlp.", "project")):
             tensors[key] = torch.zeros_like(own[key])
         if key in tensors and tensors[key].numel() == own[key].numel():
-            tensors[key] = tensors[key].view_as(own[key])                            # 1x1 convolutions as matrices
+            tensors[key] = tensors[key].view_as(own[key])  # 1x1 convolutions as matrices
     tensors = {key: value for key, value in tensors.items() if key in own}
     common.load_trained(model, tensors, ", ".join(files))
     folder.mkdir(parents=True, exist_ok=True)
     if backbone:
         common.save(backbone, folder / "backbone.pth")
-        common.load_backbone(arch, args.weights)                                     # complete, or one line says what not
+        common.load_backbone(arch, args.weights)  # complete, or one line says what not
     common.write(folder / "args.json", json.dumps(vars(args), indent=1).encode())
-    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0, "state": {},
-                 "rng": common.get_rng()}, folder / "last.pt")
+    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0,
+                 "state": {}, "rng": common.get_rng()}, folder / "last.pt")
     print(f"wrote {folder}; score it with: python eval.py {folder} --root DIR --flip --crf")
     return 0
 
@@ -988,97 +1065,105 @@ def import_official(options):
 # ---------------------------------------------------------------- your own pictures
 
 def list_inputs(paths, out):
-    """Files and folders -> [(file, name of its result without suffix)]. Subfolders are kept; a.jpg and a.png beside each
-    other give a.jpg.png and a.png.png. Raises where a path is missing, or where a result would replace an input."""
-    found, several = [], sum(Path(path).is_dir() for path in paths) > 1
+    """Files and folders -> [(file, name of its result without suffix)]. Subfolders are kept; a.jpg and a.png
+    beside each other give a.jpg.png and a.png.png. Raises where a path is missing, or where a result would
+    replace an input."""
+    found, several, out = [], sum(Path(path).is_dir() for path in paths) > 1, out.resolve()
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"--images {path} does not exist")
-        names = [Path(name) for name in data.list_images(path)] if path.is_dir() else [Path(path.name)]
-        for name in names:
-            file = path / name if path.is_dir() else path
-            if path.is_file() or out.resolve() not in file.resolve().parents or out.resolve() == path.resolve():
-                found.append((file, Path(path.resolve().name) / name if several and path.is_dir() else name))
+        if path.is_file():
+            found.append((path, Path(path.name)))
+            continue
+        for name in map(Path, data.list_images(path)):
+            if out == path.resolve() or out not in (path / name).resolve().parents:  # results are no inputs
+                found.append((path / name, Path(path.resolve().name) / name if several else name))
     if not found:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
     stems = collections.Counter(name.with_suffix("") for _, name in found)
     found = [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix("")) for file, name in found]
-    results = collections.Counter((out / f"{name}{end}.png").resolve() for _, name in found for end in ("", "_overlay"))
+    results = collections.Counter((out / f"{name}{end}.png").resolve() for _, name in found
+                                  for end in ("", "_overlay"))
+    inputs = {file.resolve() for file, _ in found}
     for path, count in results.items():
-        if count > 1 or path in {file.resolve() for file, _ in found}:
+        if count > 1 or path in inputs:
             raise ValueError(f"{path} would be written {'twice' if count > 1 else 'over an input'}; "
                              f"choose another --out, or fewer --images at a time")
     return found
 
 
 def read_picture(path, size):
-    """Any image file -> image (3,h,w), normalised, its shorter side `size` pixels (0: as it is), and RGB uint8 (H,W,3).
+    """Any image file -> image (3,h,w), normalised, its shorter side `size` pixels (0: as it is), and RGB
+    uint8 (H,W,3).
 
-    The longer side is held at eight times `size`, so that a strip of one pixel's width does not fill the memory.
+    The longer side is held at eight times `size`, so that a strip of one pixel's width does not fill the
+    memory.
     """
     picture = data.read_image(str(path))
     small = picture
     if size:
         scale = min(size / min(picture.size), 8 * size / max(picture.size))
-        small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
+        sides = [max(1, round(side * scale)) for side in picture.size]
+        small = picture.resize(sides, Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
     return (image - data.MEAN) / data.STD, np.array(picture)
 
 
 @torch.no_grad()
 def segment(folder, options, device):
-    """`python eval.py RUN --images PATH... --out DIR`: per image NAME.png, a palette PNG whose values are ids, and
-    NAME_overlay.png; one legend.png and legend.txt (id, name, share). Returns 1 if some image could not be read."""
+    """`python eval.py RUN --images PATH... --out DIR`: per image NAME.png, a palette PNG whose values are
+    ids, and NAME_overlay.png; one legend.png and legend.txt (id, name, share). Returns 1 if some image could
+    not be read."""
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
     model, args, _ = load_run(folder, device, options.root, options.weights)
     ids, names, palette = label_names(folder, model, options)
-    patch, size = patch_of(model), getattr(args, "eval_size", args.size) if options.size is None else options.size
+    size = getattr(args, "eval_size", args.size) if options.size is None else options.size
     counts, failed = torch.zeros(len(names), dtype=torch.long, device=device), []
     for file, name in tqdm(inputs[common.rank()::common.world()], "segmentation", unit="image", leave=False,
                            disable=common.rank() > 0, dynamic_ncols=True):
         try:
             image, photo = read_picture(file, size)
-        except Exception as error:      # Pillow raises nearly anything for a broken file, and the others must go on
+        # Pillow raises nearly anything for a broken file, and the others must go on
+        except Exception as error:
             failed.append((str(file), f"{type(error).__name__}: {error}"))
             continue
-        found = predict(model, image[None].to(device), photo.shape[:2], options.flip, options.crf, options.tile)
+        image, shape = image[None].to(device), photo.shape[:2]
+        found = predict(model, image, shape, options.flip, options.crf, options.tile)
         found = ids.to(device)[found[options.head][0]]                               # (H, W)
         counts += torch.bincount(found.flatten(), minlength=len(names))
         found = found.byte().cpu().numpy()
         picture = Image.fromarray(found).convert("L")
-        picture.putpalette(palette.tobytes())                                        # "L" becomes "P": values are kept
+        picture.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
         write_png(out / f"{name}.png", picture)
         write_png(out / f"{name}_overlay.png", Image.fromarray(overlay(photo, found, palette)))
-    counts, everyone = common.reduce_sum(counts), [failed]
-    if common.world() > 1:
-        everyone = [None] * common.world()
-        dist.all_gather_object(everyone, failed)
-    failed = sorted(sum(everyone, []))
+    counts, failed = common.reduce_sum(counts), collect(failed)
     if common.rank() == 0:
         share = (100 * counts / counts.sum().clamp(min=1)).tolist()
-        write_png(out / "legend.png", legend([f"{k} {n}  {x:.1f} %" for k, (n, x) in enumerate(zip(names, share))],
-                                             palette, 640))
+        entries = [f"{k}: {name}, {x:.1f} %" for k, (name, x) in enumerate(zip(names, share))]
+        write_png(out / "legend.png", legend(entries, palette, 640))
         lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, share))]
         common.write(out / "legend.txt", "".join(lines).encode())
         for path, reason in failed:
             print(f"not segmented: {path}: {reason}", file=sys.stderr)
-        print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; colours in {out / 'legend.png'}")
+        print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}, see legend.png there")
     return 1 if failed else 0
 
 
 def label_names(folder, model, options):
-    """ids (clusters or classes,), names and palette of a run: those found when it was scored, else cluster numbers."""
+    """ids (clusters or classes,), names and palette of a run: those found when it was scored, else cluster
+    numbers."""
     path = Path(folder) / "scores.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
+    palette = np.array(saved.get("palette", []), np.uint8).reshape(-1, 3)
     if options.head == "linear":
         if model.linear is None or not saved.get("classes"):
-            raise ValueError(f"{folder} has no linear probe: it was trained without labels; drop --head linear")
+            raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
         names = saved["classes"]
-        ids, palette = torch.arange(len(names)), np.array(saved["palette"], np.uint8)[:len(names)]
+        ids, palette = torch.arange(len(names)), palette[:len(names)]
     elif saved:
-        ids, names, palette = torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
+        ids, names = torch.tensor(saved["matching"]), saved["names"]
     else:
         ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.names:
@@ -1096,35 +1181,39 @@ def label_names(folder, model, options):
 @torch.no_grad()
 def embed(model, dataset, folder, device):
     """Write the code of every image of a data set as NAME.npy, float32 (K,h,w); subfolders are kept."""
-    common_part = os.path.commonpath([os.path.dirname(path) for path in dataset.paths])
-    failed = 0
+    root, failed = os.path.commonpath([os.path.dirname(path) for path in dataset.paths]), []
     for items in batches(dataset, 1, what="embedding"):
         for item in items:
             if item["error"]:
-                print(f"not embedded: {item['path']}: {item['error']}", file=sys.stderr)
-                failed += 1
+                failed.append((item["path"], item["error"]))
                 continue
             code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
-            path = Path(folder) / os.path.relpath(item["path"], common_part)
+            path = Path(folder) / os.path.relpath(item["path"], root)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path.with_name(path.name + ".npy"), code.cpu().numpy())
-    print(f"wrote {len(dataset) - failed} codes to {folder}, one {tuple(code.shape)} array per image")
+    failed = collect(failed)
+    if common.rank() == 0:
+        for path, reason in failed:
+            print(f"not embedded: {path}: {reason}", file=sys.stderr)
+        print(f"wrote {len(dataset) - len(failed)} codes to {folder}, one array (K,h,w) per image")
     return 1 if failed else 0
 
 
 @torch.no_grad()
 def principal_picture(model, dataset, device):
-    """Photos beside the first three principal components of their code as red, green, blue (ViCE, figure 5)."""
+    """Photos beside the first three principal components of their code as red, green, blue (ViCE, figure 5).
+    """
     photos, codes = [], []
     for index in evenly(6, len(dataset)):
         item = dataset[index]
         code = encode(model, padded(item["image"][None].to(device), patch_of(model)))
         photos.append(photo_of(item))
         codes.append(F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu())
-    pixels = torch.cat([code.flatten(1)[:, ::7] for code in codes], 1).T             # (n, K): a seventh fixes the axes
+    pixels = torch.cat([code.flatten(1)[:, ::7] for code in codes], 1).T  # (n, K): a seventh fixes the axes
     mean = pixels.mean(0)
-    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]  # (K, 3), largest variance first
-    low, high = ((pixels - mean) @ axes).quantile(torch.tensor([0.02, 0.98]), 0) if len(pixels) < 2 ** 24 else (-1, 1)
+    # (K, 3), largest variance first
+    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]
+    low, high = ((pixels[::len(pixels) // 100_000 + 1] - mean) @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
     rows = []
     for photo, code in zip(photos, codes):
         rgb = ((((code.permute(1, 2, 0) - mean) @ axes) - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
@@ -1141,8 +1230,8 @@ def neighbors(means, k):
 def confused(features, labels, means, classes, k=7, share=0.1):
     """Which classes the strongest correspondences between neighbouring images join (STEGO A.6, figure 10).
 
-    features (n,P,D), labels (n,P), means (n,D) from `sample_points` -> counts (classes,classes) of the strongest `share`
-    of all point pairs between each image (columns) and its k nearest neighbours (rows).
+    features (n,P,D), labels (n,P), means (n,D) from `sample_points` -> counts (classes,classes) of the
+    strongest `share` of all point pairs between each image (columns) and its k nearest neighbours (rows).
     """
     counts = torch.zeros(classes, classes, dtype=torch.long, device=features.device)
     for i, others in enumerate(neighbors(means, k)):
@@ -1155,15 +1244,17 @@ def confused(features, labels, means, classes, k=7, share=0.1):
 
 
 def precision_recall(features, labels, partner):
-    """Cosines of point pairs as predictors of "same class" (STEGO figure 3) -> recall, precision (m,), average precision.
+    """Cosines of point pairs as predictors of "same class" (STEGO figure 3) -> recall, precision (m,),
+    average precision.
 
-    features (n,P,D), labels (n,P), partner (n,): the image that each image is paired with, for instance itself.
+    features (n,P,D), labels (n,P), partner (n,): the image that each image is paired with, for instance
+    itself.
     """
     features = F.normalize(features, dim=-1)
     cosines = torch.einsum("npd,nqd->npq", features, features[partner])
     usable = (labels >= 0)[:, :, None] & (labels >= 0)[partner][:, None]
     usable &= ~(torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device) & (
-        partner == torch.arange(len(partner), device=partner.device))[:, None, None])         # a point with itself
+        partner == torch.arange(len(partner), device=partner.device))[:, None, None])  # a point with itself
     same = (labels[:, :, None] == labels[partner][:, None])[usable]
     hits = same[cosines[usable].argsort(descending=True)].double().cumsum(0)
     precision = hits / torch.arange(1, len(hits) + 1, device=hits.device)
@@ -1179,15 +1270,14 @@ def curve_picture(curves, title, size=420):
     draw.text((10, 8), title, "black", font(15))
     draw.text((10, 36), "precision", "black", font(13))
     draw.text((left + size / 2, top + size + 30), "recall", "black", font(13), "mm")
-    place = lambda x, y: (left + x * size, top + (1 - y) * size)                     # noqa: E731
+    place = lambda x, y: (left + x * size, top + (1 - y) * size)
     for i in range(6):
         draw.line([place(i / 5, 0), place(i / 5, 1)], "lightgrey")
         draw.line([place(0, i / 5), place(1, i / 5)], "lightgrey")
         draw.text((left + i / 5 * size, top + size + 12), f"{i / 5:.1f}", "black", font(12), "mm")
         draw.text((left - 8, top + (1 - i / 5) * size), f"{i / 5:.1f}", "black", font(12), "rm")
     for i, (name, (recall, precision, average)) in enumerate(curves.items()):
-        at = torch.searchsorted(recall, torch.linspace(0.005, 1, 200, dtype=recall.dtype, device=recall.device))
-        at = at.clamp(max=len(recall) - 1)
+        at = torch.searchsorted(recall, torch.linspace(0.005, 1, 200).to(recall)).clamp(max=len(recall) - 1)
         colour, y = tuple(colours[i].tolist()), top + size + 56 + 22 * i
         draw.line([place(*xy) for xy in zip(recall[at].tolist(), precision[at].tolist())], colour, 3)
         draw.line([(left, y), (left + 30, y)], colour, 4)
@@ -1196,14 +1286,15 @@ def curve_picture(curves, title, size=420):
 
 
 def look_inside(options, device):
-    """--embed, --pca, --neighbors, --pr-curve: on the validation split of a run, or of a backbone without one."""
+    """--embed, --pca, --neighbors, --pr-curve: on the validation split of a run, or of a backbone without
+    one."""
     if options.runs:
-        model, args, _ = load_run(options.runs[0], device, None if options.data else options.root, options.weights)
+        model, args, _ = open_run(options.runs[0], options, device)
         backbone, folder = getattr(model, "backbone", None) or model, Path(options.runs[0])
     else:
         model = backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
-        args = argparse.Namespace(data="scenes", root=None, protocol=None, size=96 if not options.data else 320)
-        folder = Path(f"runs/raw-{options.data or 'scenes'}-{options.arch}")
+        args = raw_args(options)
+        folder = Path(f"runs/raw-{Path(args.data).name}-{options.arch}")
     folder = Path(options.out or folder)
     val, patch, code = load_data(options, args, options.split, patch_of(model)), patch_of(model), 0
     if options.embed:
@@ -1221,10 +1312,10 @@ def look_inside(options, device):
         off = (counts / counts.sum(0, keepdim=True).clamp(min=1)).fill_diagonal_(0).cpu()
         for at in off.flatten().argsort(descending=True)[:8].tolist():
             b, a = divmod(at, val.classes)
-            print(f"  {val.names[a]} is joined with {val.names[b]}: {100 * off[b, a]:.1f} % of its correspondences")
+            print(f"  {val.names[a]} with {val.names[b]}: {100 * off[b, a]:.1f} % of its correspondences")
         write_png(folder / "neighbors.png", confusion_picture(
-            counts, val.names, f"{val.name}: classes joined by the strongest correspondences between neighbours",
-            "rows: class in the image and its share; columns: class of the corresponding point, % of the row"))
+            counts, val.names, f"{val.name}: classes joined by the strongest correspondences of neighbours",
+            "rows: class in the image and its share; columns: class of the joined point, % of the row"))
         print(f"wrote {folder / 'neighbors.png'}")
     if options.pr_curve:
         curves = {}
@@ -1237,7 +1328,8 @@ def look_inside(options, device):
                 curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
         for name, (_, _, average) in curves.items():
             print(f"average precision {average:.3f}  {name}")
-        write_png(folder / "pr_curve.png", curve_picture(curves, f"{val.name}: cosine as predictor of the same class"))
+        title = f"{val.name}: cosine as predictor of the same class"
+        write_png(folder / "pr_curve.png", curve_picture(curves, title))
         print(f"wrote {folder / 'pr_curve.png'}")
     return code
 
@@ -1245,38 +1337,42 @@ def look_inside(options, device):
 # ---------------------------------------------------------------- command line
 
 def arguments():
-    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                      allow_abbrev=False)
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
     g = p.add_argument_group("scoring")
     g.add_argument("--crf", action="store_true", help="also with the fully connected CRF")
     g.add_argument("--flip", action="store_true", help="also with the code averaged over the mirrored image")
-    g.add_argument("--clusters", type=common.whole(1), metavar="N", help="also K-means with N centres on the code; "
-                   "above the number of classes by Hungarian (the rest is wrong) and by majority vote of train labels")
-    g.add_argument("--data", metavar="NAME|DIR", help="score on this data set instead of the run's own; probes are then "
-                   "fitted anew on its train split")
+    g.add_argument("--clusters", type=common.whole(1), metavar="N",
+                   help="also K-means with N centres on the code; where N is not the number of classes, by Hungarian "
+                   "(the rest is wrong) and by majority vote of train labels")
+    g.add_argument("--data", metavar="NAME|DIR", help="score on this data set instead of the run's own; probes are "
+                   "then fitted anew on its train split")
     g.add_argument("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
     g.add_argument("--split", default="val", help="default: val")
     g.add_argument("--protocol", help="how images are resized and cropped; default: as at training")
-    g.add_argument("--size", type=common.whole(0), metavar="PIXELS", help="shorter side at which the network sees an "
-                   "image; default: as in training, which is the scale it knows; with --images 0 = as it is")
+    g.add_argument("--size", type=common.whole(0), metavar="PIXELS",
+                   help="shorter side at which the network sees an image; default: as when the run was scored, the "
+                   "scale it knows; with --images, 0 leaves images as they are")
     g.add_argument("--markdown", action="store_true", help="print the comparison as a Markdown table")
     g = p.add_argument_group("your own pictures")
     g.add_argument("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
-    g.add_argument("--out", metavar="DIR", help="where results go; otherwise pictures go into the (first) run folder")
-    g.add_argument("--tile", type=common.whole(32), metavar="PIXELS", help="in overlapping tiles, for images that do not "
-                   "fit into memory at once; try 512 with --size 0")
+    g.add_argument("--out", metavar="DIR", help="where results go; pictures otherwise go into the first run folder")
+    g.add_argument("--tile", type=common.whole(32), metavar="PIXELS",
+                   help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
     g.add_argument("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
     g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe names the pixels")
     g = p.add_argument_group("a look inside (a run, or --arch and --data)")
     g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
-    g.add_argument("--pca", action="store_true", help="picture of the code's first three principal components")
+    g.add_argument("--pca", action="store_true", help="picture of the first three principal components of the code")
     g.add_argument("--neighbors", action="store_true", help="which classes the backbone's correspondences between "
                    "neighbouring images confuse: judges a backbone without training")
-    g.add_argument("--pr-curve", action="store_true", help="precision and recall of correspondences as predictors of "
-                   "the same class, backbone and trained head")
+    g.add_argument("--pr-curve", action="store_true", help="precision and recall of correspondences as predictors "
+                   "of the same class, backbone and trained head")
     g = p.add_argument_group("the authors' checkpoints")
-    g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"), help="turn a published checkpoint into the run "
-                   "folder --out: stego FILE, hp FILE, or cause SEGMENT CLUSTER; with --data, for cause --arch")
+    g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"),
+                   help="turn a published checkpoint into the run folder --out: stego FILE, hp FILE, or cause "
+                   "SEGMENT CLUSTER; with --data, for cause with --arch")
     g = p.add_argument_group("backbone, machine")
     g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
     g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay at training")
