@@ -75,11 +75,10 @@ class LinearProbe(nn.Conv2d):
 
 
 def linear_loss(logits, label):
-    """Cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W): the mean over all pixels with 0 <= label
-    < C.
+    """Mean cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W), over pixels with 0 <= label < C.
 
-    With several processes it is scaled such that the average over processes is the mean over all their
-    pixels. Without any labelled pixel it is 0.
+    With several processes it is scaled such that the mean over processes is the mean over all their pixels.
+    Without any labelled pixel it is 0.
     """
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
@@ -96,7 +95,7 @@ def confusion_matrix(pred, label, clusters, classes):
     kept. Raises ValueError for other shapes, or a prediction outside [0,clusters).
     """
     if pred.shape != label.shape:
-        raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: they should have one shape")
+        raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: expected one shape")
     valid = (label >= 0) & (label < classes)
     pred, label = pred[valid].long(), label[valid].long()
     if len(pred) and (pred.min() < 0 or pred.max() >= clusters):
@@ -118,22 +117,19 @@ def hungarian(confusion):
 
 
 def majority(confusion):
-    """(clusters,classes) counts -> (clusters,) the most frequent class of each cluster (many-to-one), -1 =
-    empty."""
+    """(clusters,classes) counts -> (clusters,) the most frequent class of each, many-to-one; -1 = empty."""
     return confusion.argmax(1).where(confusion.sum(1) > 0, -1).cpu()
 
 
 def matched(confusion, assignment):
-    """Counts (clusters,classes) -> (classes+1,classes) by predicted class; the last row: clusters without a
-    class."""
+    """Counts by cluster -> (classes+1,classes) by predicted class; the last row: clusters without one."""
     classes = confusion.shape[1]
     rows = assignment.where(assignment >= 0, classes).to(confusion.device)
     return confusion.new_zeros(classes + 1, classes).index_add_(0, rows, confusion)
 
 
 def scores(confusion):
-    """Scores of a confusion (classes,classes), predictions as rows; rows beyond are predictions of no class:
-    errors.
+    """Scores of a confusion (classes,classes), predictions as rows; more rows are predictions of no class.
 
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor
     labels (iou) or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes
@@ -151,12 +147,10 @@ def scores(confusion):
 
 @torch.no_grad()
 def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
-    """Spherical K-means: (n,D) -> centres (clusters,D) of unit length, the best of `restarts` runs by
-    inertia.
+    """Spherical K-means: (n,D) -> unit centres (clusters,D), the best of `restarts` runs by inertia.
 
     Starts as k-means++ does (Arthur and Vassilvitskii 2007), with the distance 1 - cosine. One run alone
-    moves by up to ten points of mIoU with its start, hence the restarts. Memory: n x D and chunks of 16,384 x
-    clusters.
+    moves by up to ten points of mIoU with its start, hence the restarts. Memory: n x D and 16,384 x clusters.
     """
     x = F.normalize(features.float(), dim=1)
     if len(x) < clusters:
@@ -190,8 +184,7 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
 # ---------------------------------------------------------------- prediction
 
 def padded(images, patch):
-    """images (B,3,H,W) with sides rounded up to multiples of the patch by repeating the last row and column.
-    """
+    """images (B,3,H,W), sides rounded up to multiples of the patch by repeating the last row and column."""
     return F.pad(images, (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch), mode="replicate")
 
 
@@ -226,8 +219,7 @@ def encode(model, images, flip=False, tile=None):
 
 
 def tile_positions(side, tile, patch):
-    """Starts and length of the tiles along one side: multiples of the patch, neighbours overlap by a quarter
-    or more."""
+    """Starts (multiples of the patch) and length of the tiles of one side, which overlap by a quarter."""
     length = min(side, max(tile // patch, 4) * patch)
     last = side - length
     count = -(-last // max(patch, length * 3 // 4)) + 1
@@ -235,8 +227,7 @@ def tile_positions(side, tile, patch):
 
 
 def tile_ramp(start, length, side, tile, cell):
-    """Weight of each cell of a tile along one side: 0 next to a cut, where context is missing, then a ramp,
-    then 1."""
+    """Weight of each cell along one side of a tile: 0 at a cut, where context is missing, a ramp, then 1."""
     x = (torch.arange(length // cell) + 0.5) * cell
     left = x if start else torch.full_like(x, math.inf)
     right = length - x if start + length < side else torch.full_like(x, math.inf)
@@ -245,8 +236,7 @@ def tile_ramp(start, length, side, tile, cell):
 
 
 def upsample(x, size, shape):
-    """x (B,C,h,w), a map of an image of sides `shape` after padding -> (B,C,*size), the image's own part of
-    it."""
+    """x (B,C,h,w), map of an image of sides `shape` (before, after padding) -> image part (B,C,*size)."""
     (height, width), (inner_height, inner_width), (outer_height, outer_width) = size, *shape
     full = round(height * outer_height / inner_height), round(width * outer_width / inner_width)
     return F.interpolate(x, full, mode="bilinear")[..., :height, :width]
@@ -259,8 +249,7 @@ def chunks(count, size, limit=2 ** 26):
 
 
 def arg_max(maps, size, shape):
-    """maps (B,C,h,w) -> (B,H,W) index of the largest channel after bilinear upsampling, with bounded memory.
-    """
+    """maps (B,C,h,w) -> (B,H,W) arg-max over channels after bilinear upsampling, with bounded memory."""
     best = index = None
     for part in chunks(maps.shape[1], (size[0] * len(maps), size[1])):
         value, place = upsample(maps[:, part], size, shape).max(1)
@@ -272,14 +261,14 @@ def arg_max(maps, size, shape):
 
 @torch.no_grad()
 def predict(model, images, size=None, flip=False, crf=False, tile=None):
-    """Segment images (B,3,H,W), normalised, of any size -> {"cluster": (B,*size) int64, "linear": likewise or
-    None}.
+    """Segment normalised images (B,3,H,W) of any size -> {"cluster": (B,*size) int64, "linear": ... or None}.
 
     The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the nearest
     centre by cosine, or the largest logit. Both scores are linear in the code but for the code's length,
-    which no arg-max over centres sees, so the few score maps are upsampled instead of the wide code: exactly
-    the same arg-max. crf: the fully connected CRF on log-softmax(alpha * cosine) and log-softmax(logits),
-    alpha from the model, as published.
+    which no arg-max over centres sees: the few score maps are upsampled instead of the wide code, with the
+    same result.
+    flip, tile: see `encode`. crf: the fully connected CRF on log-softmax(alpha * cosine), with the model's
+    alpha, and on log-softmax(logits), as published.
     """
     size = tuple(size or images.shape[-2:])
     large = padded(images, patch_of(model))
@@ -313,18 +302,19 @@ def label_pixels(model, code, images, size, shape, crf=False):
 # ---------------------------------------------------------------- evaluation
 
 def batches(dataset, size, workers=0, what="evaluation"):
-    """This process's share of the batches of a data set, in order: lists of items. A batch is the same for
-    any number of processes, so that rounding, and with it every count, is the same too."""
+    """This process's share of the batches of a data set, in order, as lists of items.
+
+    A batch is the same for any number of processes, so that rounding, and with it every count, is too.
+    """
     keys = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list, num_workers=workers,
-        worker_init_fn=common.quiet_worker, generator=torch.Generator())   # its own: ours stays untouched
+        worker_init_fn=common.quiet_worker, generator=torch.Generator())  # its own: ours stays untouched
     return tqdm(loader, desc=what, unit="batch", leave=False, disable=common.rank() > 0, dynamic_ncols=True)
 
 
 def same_size(items):
-    """Consecutive items of one size, stacked: yields batches, since some protocols keep each photo's own
-    shape."""
+    """Consecutive items of one size as batches: some protocols keep each photo's own shape."""
     for _, group in itertools.groupby(items, key=lambda item: (item["image"].shape, item["label"].shape)):
         group = list(group)
         yield {key: torch.stack([item[key] for item in group]) if torch.is_tensor(group[0][key])
@@ -375,8 +365,7 @@ def collect(failed):
 
 
 class Clustered(nn.Module):
-    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with given cluster centres: what `evaluate` takes.
-    """
+    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with given centres: what `evaluate` takes."""
     def __init__(self, encoder, patch, centres):
         super().__init__()
         self.linear, self.alpha = None, 2
@@ -402,7 +391,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
         item = dataset[index]
         if item["error"]:
             continue
-        feats = encoder(padded(item["image"][None].to(device), patch))[0].float()    # (D, h, w)
+        feats = encoder(padded(item["image"][None].to(device), patch))[0].float()  # (D, h, w)
         label = item["label"]
         rows, columns = (((torch.arange(n) + 0.5) * (-side % patch + side) / n).long() for n, side in
                          zip(feats.shape[1:], label.shape))  # pixel at the centre of each cell
@@ -418,9 +407,11 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
 
 def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False):
-    """An encoder with spherical K-means centres, and on request a linear probe, fitted on features of the
-    data set `images`; also the labels (clusters,classes) of the sampled pixels by cluster, or None without
-    labels."""
+    """An encoder with probes fitted on its features of the data set `images` (a sample of it).
+
+    -> `Clustered` with spherical K-means centres and, on request, a linear probe; counts (clusters,classes)
+    of the sampled cells by cluster and label, or None without labels.
+    """
     features, labels, _ = sample_points(encoder, images, device, patch, seed=seed)
     features, labels = features.flatten(0, 1), labels.flatten()
     model = Clustered(encoder, patch, kmeans(features, clusters, seed=seed))
@@ -436,12 +427,10 @@ def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False)
 
 @torch.no_grad()
 def refit_clusters(run, model, images):
-    """Move the centres of a trained model's cluster probe to spherical K-means of its codes on the train
-    split `images`.
+    """Move a trained model's cluster centres to spherical K-means of its codes on the train split `images`.
 
     No label is read. Probes that learn online drop small classes, since a centre that never wins never moves;
-    all five methods may end with this step, and say so where the paper does not. The checkpoint is written
-    anew.
+    all five methods may end with this step, and say so where the paper does not. The checkpoint is rewritten.
     """
     images.read_images = True  # cached features may have left it off
     model.eval()
@@ -451,8 +440,7 @@ def refit_clusters(run, model, images):
 
 
 def fit_linear(features, labels, classes):
-    """Logistic regression on features (n,D), labels (n,), -1 = none -> LinearProbe: the best one for them, by
-    L-BFGS."""
+    """features (n,D), labels (n,), -1 = none -> LinearProbe, by logistic regression with L-BFGS."""
     features, labels = features[labels >= 0], labels[labels >= 0]
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = (features - mean) / deviation
@@ -474,8 +462,7 @@ def fit_linear(features, labels, classes):
 
 
 def baseline(run, encoder, images, val, clusters, patch=1):
-    """K-means on encoder(images) (B,D,h,w), fitted on the train split, scored on val -> confusion
-    (clusters,classes)."""
+    """K-means on encoder(images) (B,D,h,w) of the train split -> confusion (clusters,classes) on val."""
     with torch.no_grad():
         model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
     return evaluate(model, val, run.device, workers=run.args.workers or 0, what="k-means")["cluster"]
@@ -484,8 +471,7 @@ def baseline(run, encoder, images, val, clusters, patch=1):
 # ---------------------------------------------------------------- pictures
 
 def distinct(count, first=()):
-    """`count` colours (count,3) uint8, each as far as can be from those before it in CIELAB, the given ones
-    included."""
+    """`count` colours (count,3) uint8, each as far as can be in CIELAB from all before it and `first`."""
     steps = np.linspace(30, 250, 8)
     rgb = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     lab = to_lab(rgb)
@@ -568,7 +554,8 @@ def sheet(rows, titles, names, palette, captions=()):
     """Rows of uint8 pictures (H,W,3) under column titles, with a caption over each row and a legend below."""
     size = 14
     cells = [[Image.fromarray(np.asarray(cell)) for cell in row] for row in rows]
-    widths = [max(text_size(title, size)[0], *(row[c].width for row in cells)) for c, title in enumerate(titles)]
+    widths = [max(text_size(title, size)[0], *(cell.width for cell in column))
+              for title, column in zip(titles, zip(*cells))]
     head = 22 if captions else 6
     key = legend(names, palette, max(sum(widths) + 6 * (len(titles) + 1), 320))
     height = 24 + sum(max(cell.height for cell in row) + head for row in cells)
@@ -596,8 +583,7 @@ def shorten(text, width, size):
 
 def confusion_picture(confusion, names, title,
                       note="rows: true class and its share of the pixels; columns: prediction, % of the row"):
-    """(classes[+1],classes) counts, predictions as rows -> a picture: labels as rows, each row normalised to
-    100 %."""
+    """Counts (classes[+1],classes), predictions as rows -> a picture: labels as rows, in % of the row."""
     classes = confusion.shape[1]
     columns = [*names, "no class"][:classes + int(len(confusion) > classes and confusion[classes:].sum() > 0)]
     counts = confusion[:len(columns)].double().cpu().T.numpy()
@@ -623,7 +609,7 @@ def confusion_picture(confusion, names, title,
         draw.text((left - 18 - text_size("100.0 %", size)[0], y + cell // 2), name, "black", font(size), "rm")
         for c in range(len(columns)):
             x, value = left + c * cell, share[r, c]
-            shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))   # white to dark blue
+            shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))  # white to dark blue
             draw.rectangle((x, y, x + cell, y + cell), shade, "lightgrey")
             if value >= 0.005:
                 ink = "white" if value > 0.5 else "black"
@@ -647,8 +633,7 @@ def fit(picture, height=240, mode=Image.Resampling.NEAREST):
 
 
 def samples(models, dataset, device, indices, namings, captions=()):
-    """A sheet: photo, ground truth (where there are labels) and one prediction per (title, model), by cluster
-    name.
+    """A sheet of photo, ground truth (where there are labels) and one prediction per (title, model).
 
     namings: what `naming` gave for each model; the colours of the first serve the ground truth.
     """
@@ -689,13 +674,15 @@ def table(results, names):
         return f"{name:{left}} {share:>8}" + "".join(f"{cell:>{wide}}" for cell in cells)
     lines = [line("", "", results), line("", "pixels %", ["IoU  precision"] * len(results))]
     for i, name in enumerate(names):
-        cells = [f"{percent(r['iou'][i].item())}   {percent(r['precision'][i].item())}" for r in results.values()]
+        cells = [f"{percent(r['iou'][i].item())}   {percent(r['precision'][i].item())}"
+                 for r in results.values()]
         lines.append(line(name, percent(pixels[i] / max(sum(pixels), 1)), cells))
     lines += [line(name, "", [percent(r[key]) + " " * 9 for r in results.values()])
               for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"))]
     for title, r in results.items():
         absent = [name for name, x in zip(names, r["iou"].tolist()) if math.isnan(x)]
-        lines += [f"{title}: neither labelled nor predicted, not averaged: {', '.join(absent)}"] * bool(absent)
+        if absent:
+            lines.append(f"{title}: neither labelled nor predicted, not averaged: {', '.join(absent)}")
     return "\n".join(lines)
 
 
@@ -757,8 +744,7 @@ TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-me
 
 
 def report(folder, model, val, device, result, shown, prefix="", **more):
-    """Print the table of `shown`; write scores.json, samples.png, best_and_worst.png and confusion.png into
-    folder."""
+    """Print the table of `shown`; write scores.json, samples, best_and_worst and confusion.png."""
     assignment = matching(result, val)
     ids, names, palette = naming(assignment, val.names, val.palette)
     print(f"\n{val.name} {val.split}, {len(val) - len(result['failed'])} images")
@@ -807,7 +793,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
     """
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
-        raise ValueError(f"{folder}: {checkpoint['method']!r} is none of the methods {', '.join(common.METHODS)}")
+        raise ValueError(f"{folder}: {checkpoint['method']!r} is none of {', '.join(common.METHODS)}")
     args = argparse.Namespace(**checkpoint["args"])
     args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     if checkpoint["model"] is None:
@@ -830,8 +816,7 @@ def load_data(options, args, split, patch):
 
 
 def score_run(folder, options, device):
-    """`python eval.py RUN`: score one run, write into its folder, and give (options of the run, scores, exit
-    code)."""
+    """`python eval.py RUN` -> options of the run, scores, exit code; writes into its folder."""
     model, args, _ = open_run(folder, options, device)
     patch, folder = patch_of(model), Path(folder)
     val = load_data(options, args, options.split, patch)
@@ -862,8 +847,7 @@ def score_run(folder, options, device):
 
 
 def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
-    """K-means, and for another data set a linear probe, fitted on the frozen code of the train split, scored
-    on val."""
+    """K-means, and a linear probe on request, fitted on the code of the train split and scored on val."""
     fitted, votes = fit_probes(model, train, clusters, device, patch_of(model), seed, linear)
     result = evaluate(fitted, val, device, what="k-means on the code", **count)
     shown = heads(result, val, " fitted here")
@@ -882,8 +866,7 @@ def raw_args(options):
 
 
 def score_backbone(options, device):
-    """`python eval.py --arch A --data D`: K-means and a linear probe on raw features, the baseline of every
-    table."""
+    """`python eval.py --arch A --data D`: K-means and linear probe on raw features, the baseline."""
     backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
     args = raw_args(options)
     train, val = (load_data(options, args, split, backbone.patch) for split in ("train", options.split))
@@ -904,7 +887,7 @@ def compare(folders, found, markdown):
     local = "seed out device workers resume save_every cache_features root compile json".split()
     groups, rows = {}, []
     for folder, (args, shown) in zip(folders, found):
-        kind = json.dumps({key: value for key, value in vars(args).items() if key not in local}, sort_keys=True)
+        kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
         groups.setdefault(kind, []).append((str(folder), shown))
     columns, parts = list(dict.fromkeys(key for _, shown in found for key in shown)), ("miou", "accuracy")
     for runs in groups.values():
@@ -912,15 +895,15 @@ def compare(folders, found, markdown):
                              for key in columns] for _, shown in runs])  # (runs, columns, 2)
         rows += [[folder, *(f"{a:.1f} / {b:.1f}" for a, b in row)] for (folder, _), row in zip(runs, numbers)]
         if len(runs) > 1:
-            means, deviations = numbers.mean(0), numbers.std(0, ddof=1)
-            rows.append([f"mean of {len(runs)} seeds", *(" / ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(*both))
-                                                         for both in zip(means, deviations))])
+            both = zip(numbers.mean(0), numbers.std(0, ddof=1))
+            rows.append([f"mean of {len(runs)} seeds",
+                         *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
     rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)], *rows]
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def side_by_side(folders, options, device):
@@ -979,16 +962,16 @@ OFFICIAL = {
     "stego": {**{"net." + a: b for a, b in STEGO_HEAD.items()}, "net.model.": "backbone.",
               "cluster_probe.": "cluster.", "linear_probe.": "linear."},
     "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
-           "model.": "backbone.", "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
-    "cause": {"head_ema.": "head_ema.", "head.": "head.", "codebook": "codebook",
-              "projection_head.f.": "projection.", "projection_head_ema.f.": "teacher_projection.", "linear.f.": "linear.",
-              "cluster_probe": "cluster.clusters"},
+           "model.": "backbone.", "linear_model_state_dict.": "linear.",
+           "cluster_model_state_dict.": "cluster."},
+    "cause": {"head_ema.": "head_ema.", "head.": "head.", "codebook": "codebook", "linear.f.": "linear.",
+              "cluster_probe": "cluster.clusters", "projection_head.f.": "projection.",
+              "projection_head_ema.f.": "teacher_projection."},
 }
 
 
 def import_official(options):
-    """`python eval.py --official METHOD FILE... --data NAME --out RUN`: the authors' checkpoint as a run
-    folder of ours.
+    """`python eval.py --official METHOD FILE... --data NAME --out RUN`: a published checkpoint as a run.
 
     stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training, with --arch.
     """
@@ -1065,9 +1048,11 @@ def import_official(options):
 # ---------------------------------------------------------------- your own pictures
 
 def list_inputs(paths, out):
-    """Files and folders -> [(file, name of its result without suffix)]. Subfolders are kept; a.jpg and a.png
-    beside each other give a.jpg.png and a.png.png. Raises where a path is missing, or where a result would
-    replace an input."""
+    """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
+
+    a.jpg and a.png beside each other give a.jpg.png and a.png.png. Raises FileNotFoundError where a path is
+    missing, ValueError where a result would replace an input.
+    """
     found, several, out = [], sum(Path(path).is_dir() for path in paths) > 1, out.resolve()
     for path in map(Path, paths):
         if not path.exists():
@@ -1081,7 +1066,8 @@ def list_inputs(paths, out):
     if not found:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
     stems = collections.Counter(name.with_suffix("") for _, name in found)
-    found = [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix("")) for file, name in found]
+    found = [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
+             for file, name in found]
     results = collections.Counter((out / f"{name}{end}.png").resolve() for _, name in found
                                   for end in ("", "_overlay"))
     inputs = {file.resolve() for file, _ in found}
@@ -1093,11 +1079,9 @@ def list_inputs(paths, out):
 
 
 def read_picture(path, size):
-    """Any image file -> image (3,h,w), normalised, its shorter side `size` pixels (0: as it is), and RGB
-    uint8 (H,W,3).
+    """Any image file -> normalised image (3,h,w), its shorter side `size` (0: as it is), RGB uint8 (H,W,3).
 
-    The longer side is held at eight times `size`, so that a strip of one pixel's width does not fill the
-    memory.
+    The longer side is held at eight times `size`, so that a thin strip does not fill the memory.
     """
     picture = data.read_image(str(path))
     small = picture
@@ -1111,9 +1095,11 @@ def read_picture(path, size):
 
 @torch.no_grad()
 def segment(folder, options, device):
-    """`python eval.py RUN --images PATH... --out DIR`: per image NAME.png, a palette PNG whose values are
-    ids, and NAME_overlay.png; one legend.png and legend.txt (id, name, share). Returns 1 if some image could
-    not be read."""
+    """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
+
+    Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png and legend.txt
+    (id, name, share of the pixels). An unreadable file is listed, and the exit code is 1.
+    """
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
@@ -1131,7 +1117,7 @@ def segment(folder, options, device):
             continue
         image, shape = image[None].to(device), photo.shape[:2]
         found = predict(model, image, shape, options.flip, options.crf, options.tile)
-        found = ids.to(device)[found[options.head][0]]                               # (H, W)
+        found = ids.to(device)[found[options.head][0]]  # (H, W)
         counts += torch.bincount(found.flatten(), minlength=len(names))
         found = found.byte().cpu().numpy()
         picture = Image.fromarray(found).convert("L")
@@ -1147,13 +1133,13 @@ def segment(folder, options, device):
         common.write(out / "legend.txt", "".join(lines).encode())
         for path, reason in failed:
             print(f"not segmented: {path}: {reason}", file=sys.stderr)
-        print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}, see legend.png there")
+        done = len(inputs) - len(failed)
+        print(f"segmented {done} of {len(inputs)} images into {out}; legend.png there names the colours")
     return 1 if failed else 0
 
 
 def label_names(folder, model, options):
-    """ids (clusters or classes,), names and palette of a run: those found when it was scored, else cluster
-    numbers."""
+    """ids of the head's outputs, names, palette: as found when the run was scored, else cluster numbers."""
     path = Path(folder) / "scores.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     palette = np.array(saved.get("palette", []), np.uint8).reshape(-1, 3)
@@ -1201,8 +1187,7 @@ def embed(model, dataset, folder, device):
 
 @torch.no_grad()
 def principal_picture(model, dataset, device):
-    """Photos beside the first three principal components of their code as red, green, blue (ViCE, figure 5).
-    """
+    """Photos beside the first three principal components of their code as red, green, blue (ViCE, fig. 5)."""
     photos, codes = [], []
     for index in evenly(6, len(dataset)):
         item = dataset[index]
@@ -1236,7 +1221,7 @@ def confused(features, labels, means, classes, k=7, share=0.1):
     counts = torch.zeros(classes, classes, dtype=torch.long, device=features.device)
     for i, others in enumerate(neighbors(means, k)):
         for j in others:
-            cosines = F.normalize(features[i], dim=1) @ F.normalize(features[j], dim=1).T   # (P, P)
+            cosines = F.normalize(features[i], dim=1) @ F.normalize(features[j], dim=1).T  # (P, P)
             strong = cosines >= cosines.flatten().topk(max(1, int(share * cosines.numel()))).values[-1]
             a, b = (x[strong] for x in torch.broadcast_tensors(labels[i][:, None], labels[j][None]))
             counts += confusion_matrix(b[b >= 0], a[b >= 0], classes, classes)
@@ -1244,11 +1229,10 @@ def confused(features, labels, means, classes, k=7, share=0.1):
 
 
 def precision_recall(features, labels, partner):
-    """Cosines of point pairs as predictors of "same class" (STEGO figure 3) -> recall, precision (m,),
-    average precision.
+    """Cosines of point pairs as predictors of "same class" (STEGO, figure 3).
 
-    features (n,P,D), labels (n,P), partner (n,): the image that each image is paired with, for instance
-    itself.
+    features (n,P,D), labels (n,P), partner (n,): the image that each is paired with, for instance itself
+    -> recall (m,), precision (m,), average precision.
     """
     features = F.normalize(features, dim=-1)
     cosines = torch.einsum("npd,nqd->npq", features, features[partner])
@@ -1286,8 +1270,7 @@ def curve_picture(curves, title, size=420):
 
 
 def look_inside(options, device):
-    """--embed, --pca, --neighbors, --pr-curve: on the validation split of a run, or of a backbone without
-    one."""
+    """--embed, --pca, --neighbors, --pr-curve: on the val split, of a run or of a raw backbone."""
     if options.runs:
         model, args, _ = open_run(options.runs[0], options, device)
         backbone, folder = getattr(model, "backbone", None) or model, Path(options.runs[0])
@@ -1323,7 +1306,7 @@ def look_inside(options, device):
             if name == "backbone" or model is not backbone:
                 features, labels, means = sample_points(encoder, val, device, patch, points=100)
                 itself = torch.arange(len(means), device=means.device)
-                near = neighbors(means, 1)[:, 0] if name == "backbone" else near     # the same pairs for both
+                near = neighbors(means, 1)[:, 0] if name == "backbone" else near  # the same pairs for both
                 curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
                 curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
         for name, (_, _, average) in curves.items():
@@ -1344,38 +1327,39 @@ def arguments():
     g.add_argument("--crf", action="store_true", help="also with the fully connected CRF")
     g.add_argument("--flip", action="store_true", help="also with the code averaged over the mirrored image")
     g.add_argument("--clusters", type=common.whole(1), metavar="N",
-                   help="also K-means with N centres on the code; where N is not the number of classes, by Hungarian "
-                   "(the rest is wrong) and by majority vote of train labels")
-    g.add_argument("--data", metavar="NAME|DIR", help="score on this data set instead of the run's own; probes are "
-                   "then fitted anew on its train split")
+                   help="also K-means with N centres on the code; where N is not the number of classes, by "
+                   "Hungarian (the rest is wrong) and by majority vote of train labels")
+    g.add_argument("--data", metavar="NAME|DIR",
+                   help="score on this data set, with probes fitted anew on its train split")
     g.add_argument("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
     g.add_argument("--split", default="val", help="default: val")
     g.add_argument("--protocol", help="how images are resized and cropped; default: as at training")
     g.add_argument("--size", type=common.whole(0), metavar="PIXELS",
-                   help="shorter side at which the network sees an image; default: as when the run was scored, the "
-                   "scale it knows; with --images, 0 leaves images as they are")
+                   help="shorter side at which the network sees an image; default: as it was scored; "
+                   "with --images, 0 leaves images as they are")
     g.add_argument("--markdown", action="store_true", help="print the comparison as a Markdown table")
     g = p.add_argument_group("your own pictures")
     g.add_argument("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
-    g.add_argument("--out", metavar="DIR", help="where results go; pictures otherwise go into the first run folder")
+    g.add_argument("--out", metavar="DIR", help="where results go; else into the first run folder")
     g.add_argument("--tile", type=common.whole(32), metavar="PIXELS",
                    help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
     g.add_argument("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
-    g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe names the pixels")
+    g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe")
     g = p.add_argument_group("a look inside (a run, or --arch and --data)")
     g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
-    g.add_argument("--pca", action="store_true", help="picture of the first three principal components of the code")
-    g.add_argument("--neighbors", action="store_true", help="which classes the backbone's correspondences between "
-                   "neighbouring images confuse: judges a backbone without training")
-    g.add_argument("--pr-curve", action="store_true", help="precision and recall of correspondences as predictors "
-                   "of the same class, backbone and trained head")
+    g.add_argument("--pca", action="store_true", help="picture of the code's three principal components")
+    g.add_argument("--neighbors", action="store_true",
+                   help="which classes the backbone's correspondences between neighbouring images confuse: "
+                   "judges a backbone without training")
+    g.add_argument("--pr-curve", action="store_true",
+                   help="correspondences as predictors of the same class: precision and recall")
     g = p.add_argument_group("the authors' checkpoints")
     g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"),
-                   help="turn a published checkpoint into the run folder --out: stego FILE, hp FILE, or cause "
-                   "SEGMENT CLUSTER; with --data, for cause with --arch")
+                   help="turn a published checkpoint into the run folder --out: stego FILE, hp FILE, or "
+                   "cause SEGMENT CLUSTER; with --data, for cause with --arch")
     g = p.add_argument_group("backbone, machine")
     g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
-    g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay at training")
+    g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay")
     g.add_argument("--depth", type=common.whole(1), metavar="K", help="with --arch: the first K blocks")
     g.add_argument("--seed", type=common.whole(0), default=0, help="of K-means")
     g.add_argument("--batch-size", type=common.whole(1), default=16, help="images at a time")
