@@ -168,7 +168,7 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("photo", nargs="?", help="an image file; larger ones are shrunk to 1024 pixels")
     parser.add_argument("--out", default="crf.png", help="the picture that is written")
-    parser.add_argument("--bench", action="store_true", help="best of three, for PHOTO or else soft noise")
+    parser.add_argument("--bench", action="store_true", help="seconds, best of 3, for PHOTO or soft noise")
     parser.add_argument("--json", help="file for the table of --bench")
     parser.add_argument("--device", default="cpu", help="of --bench, for example cuda")
     parser.add_argument("--batch", type=int, default=1, help="images per call of --bench")
