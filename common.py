@@ -6,6 +6,7 @@ classes.
 """
 import argparse
 import ast
+import collections
 import contextlib
 import difflib
 import fcntl
@@ -27,8 +28,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-# ---------------------------------------------------------------- command line (before torch: --help answers
-# at once)
+# ---------------------------------------------------------------- command line
+# Before torch, which takes seconds to load: --help answers at once.
 
 METHODS = ("stego", "hp", "cause", "vice", "san")
 
@@ -176,6 +177,10 @@ def main(arguments, presets, train):
         sys.exit(train(parse(arguments, presets)))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sys.exit(report(error))
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
+            raise
+        sys.exit(report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " "))))
 
 
 def report(error):
@@ -608,7 +613,8 @@ class FeatureCache:
             raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only "
                              f"{room / 1e9:.1f} GB are free; take another place, or none")
         if where in ("ram", "gpu"):
-            self.table = torch.empty(shape, dtype=torch.float16, device=run.device if where == "gpu" else "cpu")
+            place = run.device if where == "gpu" else "cpu"
+            self.table = torch.empty(shape, dtype=torch.float16, device=place)
             self._fill(backbone, loader)
         else:
             file = Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
@@ -769,33 +775,30 @@ def versions(device):
 
 # ---------------------------------------------------------------- frozen backbones
 
-# ImageNet's, which every backbone here was trained with
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]         # of ImageNet: all backbones here expect it
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Backbone(nn.Module):
-    """What all backbones share: they stay in eval mode, want sides that are multiples of .patch, and give
-    attention.
+    """What all backbones share: eval mode for good, sides that are multiples of the patch, an attention.
 
-    .dim is D, .patch is p (pixels of a side of a patch), .prefix is the number of tokens before those of the
-    patches.
+    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before those of the patches.
     """
     prefix = 0
 
-    def train(self, mode=True):  # also inside a model that trains: batch norm is frozen
+    def train(self, mode=True):                   # inside a model that trains, batch norm must not follow
         return super().train(False)
 
     def grid(self, images):
-        h, w = images.shape[-2] / self.patch, images.shape[-1] / self.patch
-        if h != int(h) or w != int(w):
-            raise ValueError(f"an image of {images.shape[-2]}x{images.shape[-1]} pixels does not divide "
-                             f"into patches of {self.patch}; take a multiple of {self.patch} for --size")
-        return int(h), int(w)
+        (H, W), p = images.shape[-2:], self.patch
+        if H % p or W % p or not H or not W:
+            raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {p}; "
+                             f"take a multiple of {p} for --size")
+        return H // p, W // p
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Without attention of its own a backbone gets
-        the soft-max over the cosine similarity of its features, as one head without prefix tokens."""
+        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Where a network has no attention of its own,
+        the soft-max over the cosines of its features stands for it: one head, no prefix tokens."""
         feats = self(images)
         unit = F.normalize(feats.flatten(2), dim=1)               # (B,D,N)
         return feats, (unit.transpose(1, 2) @ unit).softmax(-1)[:, None]
@@ -807,8 +810,7 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def queries_keys_values(self, x, rotary):
-        # each (B,heads,T,D/heads)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (B,heads,T,d)
         return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
 
     def forward(self, x, rotary=None):
@@ -816,13 +818,12 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def map(self, x, rotary=None):
-        q, k, _ = self.queries_keys_values(x, rotary)  # the fused attention above never forms this matrix
+        q, k, _ = self.queries_keys_values(x, rotary)             # fused attention never forms this matrix
         return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)                    # (B,heads,T,T)
 
 
 def rotate(x, sin, cos):
-    """Rotary positions for the last N of (B,heads,T,d) tokens, channel c paired with c + d/2; sin, cos
-    (N,d)."""
+    """Rotary positions for the last N of (B,heads,T,d) tokens: channel c with c + d/2; sin, cos (N,d)."""
     prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
@@ -869,10 +870,9 @@ class Block(nn.Module):
 class ViT(Backbone):
     """(B,3,H,W) -> (B,D,h,w): the patch tokens after the last block and the final norm.
 
-    Parameters carry the names of DINO's state dict. `side` is the side of the stored table of positions in
-    patches (default: 224 pixels), `position` the rule of the authors for another grid: offset (DINO's scale
-    (h + 0.1) / side), size, antialias, or rotary (no table). SelfPatch has neither class token nor final
-    norm.
+    Parameters carry the names of DINO's state dict. The stored table of positions has side x side patches
+    (default: 224 pixels); `position` is the authors' rule for another grid: offset (DINO: (h + 0.1) / side),
+    size, antialias, or rotary (DINOv3, no table). SelfPatch has neither class token nor final norm.
     """
     def __init__(self, dim, depth, heads, patch, side=None, position="offset", cls=True, registers=0,
                  layer_scale=False, swiglu=False, norm=True, eps=1e-6):
@@ -880,19 +880,17 @@ class ViT(Backbone):
         self.dim, self.patch, self.position, self.prefix = dim, patch, position, int(cls) + registers
         self.side = side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
-        if cls:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        if registers:
-            self.register_tokens = nn.Parameter(torch.empty(1, registers, dim))
-        if position != "rotary":
-            self.pos_embed = nn.Parameter(torch.empty(1, int(cls) + self.side ** 2, dim))
-        for tokens in self.parameters(recurse=False):
-            nn.init.trunc_normal_(tokens, std=0.02)
+        def tokens(n):
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)) if n else None
+
+        self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
+        self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
         if position == "rotary":                                  # wavelengths in units of half an image side
-            quarter = dim // heads // 4
-            self.register_buffer("periods", 100 ** (torch.arange(quarter) / quarter))
-        self.blocks = nn.ModuleList(Block(dim, heads, SwiGLU if swiglu else MLP, LayerScale if layer_scale
-                                          else nn.Identity, eps) for _ in range(depth))
+            n = dim // heads // 4
+            self.register_buffer("periods", 100 ** (torch.arange(n) / n))
+        scale = LayerScale if layer_scale else nn.Identity
+        mlp = SwiGLU if swiglu else MLP
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp, scale, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
     def positions(self, h, w):
@@ -908,24 +906,22 @@ class ViT(Backbone):
         return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
 
     def rotary(self, h, w):
-        """sin and cos (N, D/heads) of the angles: y of the patch centre first, then x, both in (-1, 1);
-        DINOv3."""
+        """sin and cos (N, D/heads) of the angles: y of a patch centre first, then x, both in (-1, 1)."""
         y, x = (((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1) for n in (h, w))
         centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)        # (N,2)
         angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
         return angles.sin(), angles.cos()
 
     def tokens(self, images, with_map=False):
-        """-> all tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h,
-        w)."""
+        """-> tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h, w)."""
         h, w = self.grid(images)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)                     # (B,N,D)
-        cls = [self.cls_token.expand(len(x), -1, -1)] if hasattr(self, "cls_token") else []
-        x = torch.cat((*cls, x), dim=1)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         rotary = self.rotary(h, w) if self.position == "rotary" else None
         if rotary is None:
             x = x + self.positions(h, w)
-        if hasattr(self, "register_tokens"):  # between class token and patches; they have no position
+        if self.register_tokens is not None:                      # after the class token, without position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks[:-1]:
             x = block(x, rotary)
@@ -938,21 +934,20 @@ class ViT(Backbone):
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block (B, heads, prefix + N,
-        prefix + N)."""
+        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block
+        (B, heads, prefix + N, prefix + N)."""
         tokens, attention, grid = self.tokens(images, with_map=True)
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
 
 
 class ResNet50(Backbone):
-    """torchvision's ResNet-50 at output stride 8 (dilation in the last two stages): (B,3,H,W) ->
-    (B,2048,H/8,W/8)."""
+    """torchvision's ResNet-50 with its last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,H/8,W/8)."""
     dim, patch = 2048, 8
 
     def __init__(self):
         super().__init__()
         net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
-        for name, child in net.named_children():  # own attributes, so that names stay torchvision's
+        for name, child in net.named_children():                  # names of parameters stay torchvision's
             if name not in ("avgpool", "fc"):
                 self.add_module(name, child)
 
@@ -974,7 +969,8 @@ class DCT8(Backbone):
     def __init__(self):
         super().__init__()
         k = torch.arange(8.0)
-        basis = torch.cos(torch.pi * k[:, None] * (k + 0.5) / 8) * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()
+        basis = torch.cos(torch.pi * k[:, None] * (k + 0.5) / 8)
+        basis = basis * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()          # orthonormal rows
         self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
         v, u = k.repeat(8), k.repeat_interleave(8)
         # 0: the mean, 1, 2..3, 4..7
@@ -995,54 +991,55 @@ class DCT8(Backbone):
         return torch.cat((own, around), 1)
 
 
-# ---------------------------------------------------------------- which backbones there are, and their
-# weights
+# ---------------------------------------------------------------- names of backbones
 
-SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}  # width, blocks; a head has 64 channels everywhere
+SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}         # width, blocks; heads of 64 channels
 V2 = dict(side=37, layer_scale=True)
 V3 = dict(position="rotary", registers=4, layer_scale=True, eps=1e-5)
 FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(position="size"),
-            "selfpatch": dict(cls=False, norm=False), "dinov2": V2, "dinov2_reg": V2 | dict(registers=4, position="antialias"),
+            "selfpatch": dict(cls=False, norm=False),
+            "dinov2": V2, "dinov2_reg": V2 | dict(registers=4, position="antialias"),
             "dinov3": V3, "dinov3_plus": V3 | dict(swiglu=True)}
 
 META = "https://dl.fbaipublicfiles.com/"
-IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
-V3_PAGE = "https://github.com/facebookresearch/dinov3 after accepting its licence: "
-ARCHS = {  # name: (address, bytes, sha256 or its first digits); None: not published
+DINO = META + "dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
+DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
+IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/{}/checkpoint_teacher.pth"
+DINOV3 = "https://github.com/facebookresearch/dinov3 (accept the licence, take dinov3_{}.pth)"
+ARCHS = {  # name: (address, bytes, sha256 or its first digits; None: unpublished), or where to get it by hand
     "dct8": None,
-    "vits16": (META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None, None),
-    "vits8": (META + "dino/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 86728949,
+    "vits16": (DINO.format("deitsmall16"), None, None),
+    "vits8": (DINO.format("deitsmall8_300ep"), 86728949,          # the file of STEGO and HP, not the hub's
               "10fee18a0e7714de9005f9d56975ca8993d5fb87dab867868e528132d2be176c"),
-    "vitb16": (META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None, None),
-    "vitb8": (META + "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 343279349,
+    "vitb16": (DINO.format("vitbase16"), None, None),
+    "vitb8": (DINO.format("vitbase8"), 343279349,
               "575f0efc4838938314afa09897a62ed2b87919928b5edcd133abb907328995eb"),
     "resnet50": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", None, "0676ba61"),
-    "dino_vits8_hub": (META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 86728949,
+    "dino_vits8_hub": (DINO.format("deitsmall8"), 86728949,
                        "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"),
-    "dino_resnet50": (META + "dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth", None, None),
-    "mocov2_resnet50": (META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", None, None),
-    "dinov2_vits14": (META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", 88283115,
+    "dino_resnet50": (DINO.format("resnet50"), None, None),
+    "mocov2_resnet50": (META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+                        None, None),
+    "dinov2_vits14": (DINOV2.format("vits14", ""), 88283115,
                       "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "dinov2_vitb14": (META + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", 346378731,
+    "dinov2_vitb14": (DINOV2.format("vitb14", ""), 346378731,
                       "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    "dinov2_vitl14": (META + "dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", 1217586395,
+    "dinov2_vitl14": (DINOV2.format("vitl14", ""), 1217586395,
                       "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    "dinov2_vits14_reg": (META + "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", None,
+    "dinov2_vits14_reg": (DINOV2.format("vits14", "_reg4"), None,
                           "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
-    "dinov2_vitb14_reg": (META + "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None,
+    "dinov2_vitb14_reg": (DINOV2.format("vitb14", "_reg4"), None,
                           "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
-    "dinov2_vitl14_reg": (META + "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None,
+    "dinov2_vitl14_reg": (DINOV2.format("vitl14", "_reg4"), None,
                           "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"),
-    "ibot_vits16": (IBOT + "vits_16/checkpoint_teacher.pth", None, None),
-    "ibot_vitb16": (IBOT + "vitb_16/checkpoint_teacher.pth", None, None),
+    "ibot_vits16": (IBOT.format("vits_16"), None, None), "ibot_vitb16": (IBOT.format("vitb_16"), None, None),
     "msn_vits16": (META + "msn/vits16_800ep.pth.tar", None, None),
     "msn_vitb16": (META + "msn/vitb16_600ep.pth.tar", None, None),
     "mae_vitb16": (META + "mae/pretrain/mae_pretrain_vit_base.pth", None, None),
-    # not to be had by a plain address: Google Drive asks back, DINOv3 wants its licence accepted first
     "selfpatch_vits16": "https://drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw",
-    "dinov3_vits16": V3_PAGE + "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
-    "dinov3_vits16plus": V3_PAGE + "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
-    "dinov3_vitb16": V3_PAGE + "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+    "dinov3_vits16": DINOV3.format("vits16_pretrain_lvd1689m-08c60483"),
+    "dinov3_vits16plus": DINOV3.format("vits16plus_pretrain_lvd1689m-4057cbaa"),
+    "dinov3_vitb16": DINOV3.format("vitb16_pretrain_lvd1689m-73cec8be"),
 }
 
 
@@ -1055,6 +1052,8 @@ def build(arch, heads=None):
     family, size, patch, variant = re.fullmatch(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?", arch).groups()
     family = f"{family or 'dino'}_{variant}" if variant in ("reg", "plus") else family or "dino"
     dim, depth = SIZES[size]
+    if heads and dim % heads:
+        raise ValueError(f"{heads} heads do not divide the width {dim} of {arch}")
     return ViT(dim, depth, heads or dim // 64, int(patch), **FAMILIES[family])
 
 
@@ -1062,24 +1061,24 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     """A frozen backbone in eval mode with .dim and .patch: (B,3,H,W), ImageNet-normalised -> (B,D,h,w).
 
     arch     a name in ARCHS
-    weights  None: the authors' file, downloaded on first use; a file in any published layout; "none":
-    untrained
+    weights  None: the authors' file, downloaded on first use; a file in a published layout; "none": untrained
     depth    keep the first `depth` blocks of a ViT, then its final norm
     heads    heads of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
     Raises ValueError for an unknown name or for weights that are not the whole of this architecture.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}{nearest(arch, ARCHS)}")
-    with torch.random.fork_rng(devices=[]):  # same untrained network always, the caller's draws untouched
+    with torch.random.fork_rng(devices=[]):                       # the caller's draws stay what they were
         torch.default_generator.manual_seed(0)
         backbone = build(arch, heads)
-    if depth and not (isinstance(backbone, ViT) and depth <= len(backbone.blocks)):
-        raise ValueError(f"--depth {depth} does not go with {arch}, which has "
-                         + (f"{len(backbone.blocks)} "
-                            "blocks" if isinstance(backbone, ViT) else "no transformer blocks"))
+    blocks = len(getattr(backbone, "blocks", ()))
+    if depth is not None and not 1 <= depth <= blocks:
+        raise ValueError(f"--depth {depth} does not go with {arch}: it has {blocks or 'no'} blocks")
+    if arch == "dct8" and weights not in (None, "none"):
+        raise ValueError(f"dct8 has no weights; {weights} needs the --arch that it was trained as")
     if arch != "dct8" and weights != "none":
         load_weights(backbone, weights or published(arch), arch)
-    if depth:
+    if depth is not None:
         del backbone.blocks[depth:]
     return backbone.requires_grad_(False).eval()
 
@@ -1087,8 +1086,7 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
 # ---------------------------------------------------------------- reading weights
 
 class Inert:
-    """Stands for every Python object pickled beside the tensors of a checkpoint: it keeps its state and does
-    nothing."""
+    """Stands for any Python object pickled beside tensors: made from anything, it keeps its .state."""
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
@@ -1098,63 +1096,55 @@ class Inert:
     def __setstate__(self, state):
         self.state = state
 
-    def __setitem__(self, key, value):
-        pass
 
-    def append(self, value):
-        pass
-
-    extend = update = append
+class InertDict:
+    """The same for kinds of dictionaries: torch fills in items of plain ones only."""
+    def __new__(cls, *args, **kwargs):
+        return collections.OrderedDict()
 
 
-# what trainers leave in checkpoints (options, callbacks, counters); a file that names anything else is
-# refused
-HARMLESS = re.compile(r"(argparse|collections|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch|torchmetrics|"
-                      r"typing)\..+|(builtins|__builtin__)\.(bool|complex|dict|float|frozenset|int|list|object|set|str|tuple)")
+# what trainers leave in checkpoints (options, callbacks, counters); a file that names other things is refused
+HARMLESS = re.compile(
+    r"(argparse|collections|(pytorch_)?lightning\w*|numpy|omegaconf|pathlib|torch|torchmetrics|typing)\..+|"
+    r"builtins\.(bool|complex|dict|float|frozenset|int|list|object|set|str|tuple)")
 
 
 def read_tensors(path):
-    """What a published checkpoint holds, tensors and plain values; objects of trainers come as Inert, nothing
-    is run.
+    """What a published checkpoint holds: tensors and plain values; a trainer's objects come as Inert.
 
-    Reads torch.save's files (weights_only=True always) and safetensors. Raises FileNotFoundError or
-    ValueError.
+    Reads torch.save's files (always weights_only=True: nothing is run) and safetensors. Raises ValueError or
+    FileNotFoundError.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}" + (" (it is a "
-                                                                      "directory)" if path.is_dir() else ""))
+        raise FileNotFoundError(f"there is no file of weights {path}" + path.is_dir() * ": it is a directory")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if not isinstance(error, pickle.UnpicklingError) or "WeightsUnpickler" not in str(error) \
-                and "Unsupported global" not in str(error):
-            raise ValueError(f"{path} is no file of weights that torch can read ({type(error).__name__}); "
-                             "it may be damaged, or a page saved instead of the file") from None
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # files from before torch 1.6 are no zip archives
-        raise ValueError(f"{path} holds Python objects beside its tensors, in torch's old format; nothing "
-                         "was run. Save its tensors alone to use it") from None
+    except Exception:                                             # before torch 1.6 files were no zips
+        raise ValueError(f"{path} is no file of weights, or one of torch's old format with Python objects "
+                         "beside its tensors; nothing was run") from None
     alien = [name for name in names if not HARMLESS.fullmatch(name)]
     if alien:
-        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; refused, "
-                         "nothing was run")
+        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; nothing was run")
+    dicts = re.compile(r"builtins\.dict|collections\.\w+|.*\.AttributeDict")
+    inert = [(InertDict if dicts.fullmatch(name) else Inert, name) for name in names]
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read without running the objects in it "
-                         f"({type(error).__name__}); refused") \
-            from None
+        raise ValueError(f"{path} cannot be read without running it ({type(error).__name__})") from None
 
 
 def read_safetensors(path):
-    """8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the data, all
-    little-endian."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    """Little-endian: 8 bytes of header length, JSON {name: {dtype, shape, data_offsets}}, then the data."""
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     raw, tensors = path.read_bytes(), {}
     start = 8 + int.from_bytes(raw[:8], "little")
     try:
@@ -1164,8 +1154,8 @@ def read_safetensors(path):
                 first, last = entry["data_offsets"]
                 if not 0 <= first <= last <= len(raw) - start:
                     raise ValueError
-                data = torch.frombuffer(bytearray(raw[start + first:start + last]), dtype=kinds[entry["dtype"]])
-                tensors[name] = data.reshape(entry["shape"])
+                data = bytearray(raw[start + first:start + last])
+                tensors[name] = torch.frombuffer(data, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
         raise ValueError(f"{path} is no whole safetensors file of floating-point weights") from None
     return tensors
@@ -1175,9 +1165,11 @@ def read_safetensors(path):
 RENAME = [(re.compile(a), b) for a, b in (
     (r"^embeddings\.", ""), (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
     (r"^position_embeddings$", "pos_embed"), (r"^(reg_token|storage_tokens)$", "register_tokens"),
-    (r"^rope_embed\.periods$", "periods"), (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # training files of DINOv2 hold the blocks in chunks
-    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."), (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"^rope_embed\.periods$", "periods"),
+    (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # DINOv2's training files have chunks
+    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, which it contains
     (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
@@ -1185,25 +1177,24 @@ RENAME = [(re.compile(a), b) for a, b in (
 PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
 GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3", "fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
 # what published files hold beside the backbone: mask tokens, heads, decoders, prototypes
-DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|classifier|projection_head|"
-                  r"prototypes)(\.|$)")
+DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|classifier|"
+                  r"projection_head|prototypes)(\.|$)")
 
 
 def backbone_tensors(content):
-    """The tensors of the backbone in a checkpoint: out of their wrapper, without common prefixes, heads
-    dropped."""
+    """The tensors of the backbone in a checkpoint: unwrapped, without common prefixes, heads dropped."""
     for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
-    for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.", "dinov2.",
-                   "dinov2_with_registers.", "dinov3_vit."):
-        inside = {k[len(prefix):]: v for k, v in state.items() if str(k).startswith(prefix)}
-        # (model.layer.N of transformers' DINOv3 stays)
-        if inside and not any(k.startswith("layer.") for k in inside):
+    content = content if isinstance(content, dict) else {}
+    state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.",
+                   "dinov2.", "dinov2_with_registers.", "dinov3_vit."):
+        inside = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        if inside and not any(k.startswith("layer.") for k in inside):                 # DINOv3: model.layer.N
             state = inside
-    return {str(k): v for k, v in state.items() if not DROP.match(str(k))}
+    return {k: v for k, v in state.items() if not DROP.match(k)}
 
 
 def dino_names(state, model):
@@ -1215,23 +1206,22 @@ def dino_names(state, model):
             name = pattern.sub(ours, name)
         out[re.sub(r"(?<=\.mlp\.)\w+", lambda m: mlp.get(m[0], m[0]), name)] = tensor
     out = {k: v for k, v in out.items() if not DROP.match(k)}
-    if "reg_token" in state and "pos_embed" in out:  # timm has added the class token's position to the token
+    if "reg_token" in state and "pos_embed" in out:               # timm: cls_token includes its position
         out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
     for i in range(len(model.blocks)):
         at = f"blocks.{i}.attn."
         for kind in ("weight", "bias"):
             parts = {x: out.pop(f"{at}{x}.{kind}") for x in "qkv" if f"{at}{x}.{kind}" in out}
-            if parts:  # DINOv3's keys have no bias, and some files leave it out
+            if parts and (kind == "bias" or len(parts) == 3):     # DINOv3's k has no bias
                 zero = torch.zeros_like(next(iter(parts.values())))
                 out[f"{at}qkv.{kind}"] = torch.cat([parts.get(x, zero) for x in "qkv"])
         if model.position == "rotary":
             bias = out.get(at + "qkv.bias", torch.zeros(3 * model.dim)).clone()
-            # NaN: never filled in, no mask
-            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)
+            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)             # NaN: not filled
             bias[model.dim:2 * model.dim] = 0
             out[at + "qkv.bias"] = bias
     if model.position == "rotary":
-        out.setdefault("periods", model.periods)  # the authors' files hold them rounded to bf16
+        out.setdefault("periods", model.periods)                  # the authors' own are rounded to bf16
     return out
 
 
@@ -1244,21 +1234,21 @@ def traits(state):
     return {"kind": "ViT", "width": conv[0], "patch": conv[3],
             "blocks": len({k.split(".")[1] for k in shape if k.startswith("blocks.")}),
             "class token": "cls_token" in shape, "registers": (*shape.get("register_tokens", ()), 0, 0)[1],
-            "position "
-            "table": (*shape.get("pos_embed", ()), 0, 0)[1], "LayerScale": any("ls1." in k for k in shape),
+            "position table": (*shape.get("pos_embed", ()), 0, 0)[1],
+            "LayerScale": any("ls1." in k for k in shape),
             "SwiGLU": any(".mlp.w1." in k for k in shape), "final norm": "norm.weight" in shape}
 
 
 def load_weights(model, path, arch):
-    """Fill `model` from a file in any published layout, completely or not at all: ValueError names what
-    differs."""
+    """Fill `model` from a file in any published layout, all of it or nothing; ValueError: what differs."""
     state, wanted = backbone_tensors(read_tensors(path)), model.state_dict()
     try:
         state = dino_names(state, model) if isinstance(model, ViT) else state
     except RuntimeError:                                          # q, k and v that do not fit together
         raise ValueError(f"{path} does not fit {arch}: its attention matrices have other shapes") from None
     optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    wrong = [f"no {k}" for k in wanted if k not in state and k not in optional] + [f"unknown {k}" for k in state if k not in wanted]
+    wrong = [f"no {k}" for k in wanted if k not in state and k not in optional]
+    wrong += [f"unknown {k}" for k in state if k not in wanted]
     wrong += [f"{k} is {'x'.join(map(str, v.shape))} instead of {'x'.join(map(str, wanted[k].shape))}"
               for k, v in state.items() if k in wanted and v.shape != wanted[k].shape]
     if wrong:
@@ -1269,86 +1259,82 @@ def load_weights(model, path, arch):
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or name not in optional and not (
                 tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{path} is no trained {arch}: {name} is not made of finite floating-point "
-                             "numbers")
-    # fp16 becomes float32 here
-    model.load_state_dict({**{k: wanted[k] for k in optional}, **state}, strict=True)
+            raise ValueError(f"{path} is no trained {arch}: {name} does not hold finite float numbers")
+    model.load_state_dict({k: wanted[k] for k in optional} | state, strict=True)          # fp16 -> float32
 
 
 # ---------------------------------------------------------------- downloads
 
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def published(arch):
     """The authors' file in torch hub's cache, downloaded on first use, its sha256 checked on every use.
 
-    Where no sha256 is published, the one of the first download is kept beside the file in NAME.sha256.
+    Where no sha256 is published, that of the first download is kept beside the file, in NAME.sha256.
     """
     if isinstance(ARCHS[arch], str):
-        raise ValueError(f"the weights of {arch} cannot be fetched for you: get them from {ARCHS[arch]} and "
-                         "give --weights FILE")
-    url, size, sha256 = ARCHS[arch]
+        raise ValueError(f"the weights of {arch} cannot be fetched for you; get them from {ARCHS[arch]} "
+                         "and give --weights FILE")
+    (url, size, sha256), folder = ARCHS[arch], Path(torch.hub.get_dir()) / "checkpoints"
     name = url.rsplit("/", 1)[1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / (f"{arch}_{name}" if name.startswith("checkpoint") else name)
+    path = folder / (f"{arch}_{name}" if name.startswith("checkpoint") else name)           # all of iBOT's
     note = path.with_name(path.name + ".sha256")
-    if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as lock_file:
         try:
-            download(url, path, sha256, size)
+            import fcntl                                          # the other processes of a run wait
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+        except ImportError:
+            pass
+        try:
+            download(url, path, sha256 if len(sha256 or "") == 64 else None, size)
         except OSError as error:
-            raise OSError(f"{error}; for {arch} put the file at {path} or give --weights FILE") from None
-    digest, first = sha256_of(path), note.read_text().strip() if note.exists() else sha256 or ""
-    if not digest.startswith(first):
-        raise ValueError(f"{path} is not the file it should be (sha256 {digest[:8]}..., not "
-                         f"{first[:8]}...); delete it {'and ' + note.name if note.exists() else ''} to "
-                         "fetch it again".replace("  ", " "))
-    if not note.exists():
-        note.write_text(digest + "\n")
+            raise OSError(f"{error}, or give --weights FILE") from None
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest = digest.hexdigest()
+        expected = sha256 or (note.read_text().strip() if note.exists() else "")
+        if not digest.startswith(expected):
+            raise ValueError(f"{path} has changed or is another file: its sha256 is {digest[:8]}..., not "
+                             f"{expected[:8]}...; delete it and it is fetched again")
+        if not sha256 and not expected:
+            note.write_text(digest + "\n")
     return path
 
 
 def download(url, path, sha256=None, size=None):
-    """Fetch `url` to `path`, going on where a killed download ended (PATH.part). The file appears under its
-    name only when its length (`size` in bytes, or what the server says) and its sha256 (or the first digits
-    of it) are right. Raises OSError with one line."""
+    """url -> file `path`, by way of `path`.part, which a later call resumes. Renamed only when its length is
+    what the server (or `size`) says and its sha256 is right: a file at `path` is whole. OSError otherwise."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the processes of one run wait for the first
-        if path.exists():
-            return
-        have = file.tell()
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have, total = part.stat().st_size if part.exists() else 0, size
+    try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                if reply.status != 206:                           # the server starts from the beginning
-                    file.truncate(have := 0)
-                length = reply.headers.get("Content-Length")
-                total = have + int(length) if length else size
-                with tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
-                    while block := reply.read(1 << 20):
-                        bar.update(file.write(block))
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing follows what is there: it is no part of this file
-                part.unlink()
-            raise OSError(f"{url} answers {error.code} "
-                          f"{error.reason}" + (", try again" * (error.code == 416))) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"{url} cannot be fetched ({getattr(error, 'reason', error)})") from None
-        file.flush()
-        have = part.stat().st_size
-        if have < (size or total or 0):
-            raise OSError(f"{url} ended after {have} of {size or total} bytes; run it again to go on from "
-                          "there")
-        digest = sha256_of(part)
-        if size and have != size or sha256 and not digest.startswith(sha256):
-            part.unlink()
-            raise OSError(f"{url} gave another file than the published one ({have} bytes, sha256 "
-                          f"{digest[:8]}...)")
-        os.replace(part, path)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            have = have if answer.status == 206 else 0          # 200: the server sends it from the start
+            length = answer.headers["Content-Length"]
+            total = have + int(length) if length else size
+            if total is None and sha256 is None or size not in (None, total):
+                raise OSError(f"the server says {total} bytes, expected are {size or 'a length or a sha256'}")
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
+                while block := answer.read(2 ** 20):
+                    bar.update(file.write(block))
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
+            raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
+        total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
+    have, digest = part.stat().st_size, hashlib.sha256()
+    if total is not None and have < total:
+        raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
+    with open(part, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    if total not in (None, have) or sha256 not in (None, digest.hexdigest()):
+        part.unlink()
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest.hexdigest()}), now deleted")
+    os.replace(part, path)
+    return path
