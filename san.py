@@ -125,6 +125,16 @@ def positions(P, h, w, device):
     return torch.cat([y[:, None].expand(h, w, -1), x.expand(h, w, -1)], -1).flatten(0, 1)
 
 
+def prepare(images, normalise):
+    """Images as the data set gives them (...,3,H,W) -> the network's input, which it must also paint."""
+    # [12] the range of the target: mean 0, deviation 1 per channel, over all photos or over each alone; the
+    # latter takes light and colour cast away, which a method that paints colours cannot ignore
+    if normalise == "image":
+        images = images - images.mean((-2, -1), keepdim=True)
+        images = images / images.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=0.1)
+    return images
+
+
 class Model(nn.Module):
     """images (B,3,H,W) -> code (B,n,H,W), logits of the attention over the n semantics, at full resolution.
 
@@ -151,15 +161,6 @@ class Model(nn.Module):
         self.cluster = ClusterProbe(n, n).requires_grad_(False)
         nn.init.eye_(self.cluster.clusters)
         self.linear = LinearProbe(n, args.classes) if args.classes else None
-
-    def prepare(self, images):
-        """Images as the data set gives them (B,3,H,W) -> the network's input, which it also has to paint."""
-        # [12] the range of the target: mean 0, deviation 1 per channel, over all photos or over each alone;
-        # the latter takes light and colour cast away, which a method that paints colours cannot ignore
-        if self.normalise == "image":
-            images = images - images.mean((2, 3), keepdim=True)
-            images = images / images.square().mean((2, 3), keepdim=True).sqrt().clamp(min=0.1)
-        return images
 
     def gamma(self, tokens):
         """Tokens (B,k,P) -> Gamma (B,n,P), what pixels attend to: the semantics, rows scaled by the gates."""
@@ -199,7 +200,7 @@ class Model(nn.Module):
         return logits * len(bq) ** -0.5
 
     def forward(self, images):
-        images = self.prepare(images)
+        images = prepare(images, self.normalise)
         gamma, (W1, b1, Wq, bq) = self.gamma(self.generator(images)), self.weights(images)
         return torch.cat([self.code(self.pixels(x, W1, b1), s, Wq, bq)
                           for x, s in zip(images.split(1), gamma.split(1))])
@@ -267,8 +268,8 @@ def consistency_loss(rec_s, rec_q, images, target="decoded"):
 class Crops(torch.utils.data.Dataset):
     """Random square crops of `size` pixels; with `augment` mirrored, colours jittered or dropped."""
 
-    def __init__(self, images, size, augment=False):
-        self.images, self.size, self.augment = images, size, augment
+    def __init__(self, images, size, normalise="set", augment=False):
+        self.images, self.size, self.normalise, self.augment = images, size, normalise, augment
         self.colour = v2.Compose([v2.ColorJitter(0.1, 0.1, 0.1, 0.1), v2.RandomGrayscale(0.2)])    # IIC's
 
     def __len__(self):
@@ -276,14 +277,14 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         item = self.images[index]
-        h, w = item["label"].shape
-        y, x = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in (h, w))
-        image, label = (t[..., y:y + self.size, x:x + self.size] for t in (item["image"], item["label"]))
+        image, label = item["image"], item["label"]
         if self.augment:
+            image = (self.colour(image * common.STD + common.MEAN) - common.MEAN) / common.STD
             if torch.rand(()) < 0.5:
                 image, label = image.flip(-1), label.flip(-1)
-            image = (self.colour(image * common.STD + common.MEAN) - common.MEAN) / common.STD
-        return {**item, "image": image, "label": label}
+        y, x = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in label.shape)
+        box = (..., slice(y, y + self.size), slice(x, x + self.size))
+        return {**item, "image": prepare(image, self.normalise)[box], "label": label[box]}
 
 
 def train(args):
@@ -294,20 +295,20 @@ def train(args):
         raise ValueError(f"--dim {args.dim} should be a multiple of 64, --size {args.size} a multiple of 8 "
                          f"and no larger than --scale {args.scale}")
     run = common.Run("san", args)
-    # [15] photos are shrunk to a shorter side of --scale, as IIC and PiCIE do, then cropped; scored uncropped
+    # [15] photos shrunk to a shorter side of --scale, as IIC and PiCIE do, then cropped; scored uncropped
     # [17] on the val split alone, where IIC maps and scores train and val together
     images, val = (data.load(args.data, args.root, split, size=args.scale, protocol=args.protocol or "whole",
                              multiple=8) for split in ("train", "val"))
+    crops = Crops(images, args.size, args.normalise, args.augment)
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     model = Model(args).to(run.device).train()
     own = [p for name, p in model.named_parameters() if not name.startswith(("linear.", "cluster."))]
     optimizer = torch.optim.Adam(own, args.lr)
     linear_optimizer = torch.optim.Adam(model.linear.parameters(), 0.01) if model.linear else None
     reconstruct = model.reconstruct_plain if args.plain else model.reconstruct
-    for step, batch in run.steps("head", args.steps, Crops(images, args.size, args.augment), model=model,
-                                 optimizer=optimizer,
+    for step, batch in run.steps("head", args.steps, crops, model=model, optimizer=optimizer,
                                  **({"linear_optimizer": linear_optimizer} if model.linear else {})):
-        image = model.prepare(batch["image"])
+        image = batch["image"]
         with run.autocast():
             tokens = model.generator(image)                                         # (B,k,P)
         run.mark("transformer")
@@ -330,7 +331,8 @@ def train(args):
             common.average_gradients(model.linear)
             linear_optimizer.step()
         run.mark("probes")
-    return eval.finish(run, model, images, val, encode=lambda x: F.avg_pool2d(model.prepare(x), model.patch))
+    patch_colours = lambda x: F.avg_pool2d(prepare(x, args.normalise), model.patch)             # noqa: E731
+    return eval.finish(run, model, images, val, encode=patch_colours)
 
 
 # ---------------------------------------------------------------- command line
