@@ -520,7 +520,9 @@ PRESETS = {      # steps as one of four unsynchronised processes took them: epoc
     "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=150, probe_steps=100,
                    probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, thresholds=(0.7, 0.3),
                    projection_dim=512),
-    "camvid": dict(eval_size=336, steps=600, codebook_steps=300, probe_steps=200, probe="kmeans"),
+    # 367 photos: a smaller codebook and bank, which two CPU cores can carry
+    "camvid": dict(eval_size=336, steps=300, codebook_steps=150, probe_steps=150, probe="kmeans", codes=256,
+                   bank_slots=50, window=2, projection_dim=512, lr=1e-3),
     # 49,629 curated images x 5 crops; 320 px at test time, and in training for the codebook and for TR
     "coco27": dict(crops=5, codebook_size=320, steps=7754, codebook_steps=3877, probe_steps=3877, clip=0.1),
     "coco27+tr": dict(size=320, clip=2.0, probe_steps=19385),
