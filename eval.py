@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -926,36 +925,6 @@ def side_by_side(folders, options, device):
 
 # ---------------------------------------------------------------- the authors' checkpoints
 
-class Inert:
-    """Stands in for a foreign object that a checkpoint pickles: made from anything, holding nothing."""
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-
-class InertContainer:
-    """The same for objects that are filled like a dictionary: an empty one takes their place."""
-    def __new__(cls, *args, **kwargs):
-        return collections.OrderedDict()
-
-
-def read_foreign(path):
-    """The content of a checkpoint that holds more than tensors; nothing pickled in it is executed.
-
-    STEGO's files hold OmegaConf and Lightning objects, HP's a NumPy number: inert objects take the place of
-    whatever is neither a tensor nor a plain value.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        inert = [(Inert if name.startswith("numpy.") else InertContainer, name) for name in names]
-        with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-
 # published name -> ours, by prefix; what has no place in our models stays behind
 STEGO_HEAD = {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp."}
 OFFICIAL = {
@@ -984,10 +953,7 @@ def import_official(options):
     if (folder / "last.pt").exists():
         raise ValueError(f"{folder} already holds a run; choose another --out")
     for file in files:
-        try:
-            content = read_foreign(file)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"{file} cannot be read as a checkpoint ({type(error).__name__})") from None
+        content = common.read_tensors(file)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
         for key, value in list(content.items()):  # HP: one dictionary per module
             if isinstance(value, dict):
