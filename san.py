@@ -291,14 +291,14 @@ def train(args):
     if args.arch != "scratch" or args.weights or args.depth or args.cache_features:
         raise ValueError("SAN trains its own network, of width --dim and depth --layers: leave out --arch, "
                          "--weights, --depth and --cache-features")
-    if args.dim % 64 and args.dim not in (8, 16, 32) or args.size % 8 or args.size > args.scale:
+    if args.dim % 64 and args.dim not in (8, 16, 32) or args.size % 8 or args.size > args.eval_size:
         raise ValueError(f"--dim {args.dim} should be a multiple of 64, --size {args.size} a multiple of 8 "
-                         f"and no larger than --scale {args.scale}")
+                         f"and no larger than --eval-size {args.eval_size}")
     run = common.Run("san", args)
-    # [15] photos shrunk to a shorter side of --scale, as IIC and PiCIE do, then cropped; scored uncropped
+    # [15] photos shrunk to a shorter side of --eval-size, as IIC and PiCIE do, then cropped; scored uncropped
     # [17] on the val split alone, where IIC maps and scores train and val together
-    images, val = (data.load(args.data, args.root, split, size=args.scale, protocol=args.protocol or "whole",
-                             multiple=8) for split in ("train", "val"))
+    images = data.load(args.data, args.root, "train", size=args.eval_size, protocol=args.protocol)
+    val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
     crops = Crops(images, args.size, args.normalise, args.augment)
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     model = Model(args).to(run.device).train()
@@ -339,15 +339,15 @@ def train(args):
 
 # [14] batch size not given: 32 for each of the paper's four GPUs. Steps: its 30 epochs.
 PRESETS = {
-    "default": dict(scale=128, size=128, dim=1024, layers=6, steps=12000, batch_size=128, lr=1e-4,
-                    normalise="set", augment=False),
-    "scenes": dict(scale=96, size=48, dim=64, steps=300, batch_size=16, lr=5e-4, normalise="image"),
-    "camvid": dict(scale=128, size=64, dim=64, steps=500, batch_size=16, lr=5e-4),
-    "coco3": dict(scale=160, steps=8000),                     # a third of 640 x 480, then a crop of 128
-    "coco15": dict(scale=160, steps=11600),
-    "coco27": dict(steps=11600),
-    "cityscapes27": dict(steps=700),
-    "potsdam6": dict(scale=200, steps=2000, augment=True),
+    "default": dict(eval_size=128, size=128, protocol="whole", dim=1024, layers=6, steps=12000, lr=1e-4,
+                    batch_size=128, normalise="set", augment=False),
+    "scenes": dict(eval_size=96, size=48, dim=64, steps=300, batch_size=16, lr=5e-4, normalise="image"),
+    "camvid": dict(size=64, dim=64, steps=500, batch_size=16, lr=5e-4),
+    "coco3": dict(eval_size=160, steps=8000),                 # a third of 640 x 480, then a crop of 128
+    "coco15": dict(eval_size=160, steps=11600),
+    "coco27": dict(protocol="picie", steps=11600),            # PiCIE's central square, here too
+    "cityscapes27": dict(protocol="picie", steps=700),
+    "potsdam6": dict(eval_size=200, steps=2000, augment=True),
     "smoke": dict(steps=10, batch_size=4, dim=64, layers=2),
 }
 
@@ -360,8 +360,8 @@ def arguments():
                    "64; 1024 in the paper, 64 learns scenes in a minute")
     g.add_argument("--layers", type=common.whole(1), help="layers of the transformer; with 4 instead "
                    "of 6 the paper loses 0.4 points")
-    g.add_argument("--scale", type=common.whole(8), metavar="PIXELS", help="shorter side to which a photo is "
-                   "resized before it is cropped to --size or scored; small, for a pixel sees its 3x3 alone")
+    g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="shorter side to which a "
+                   "photo is resized before it is cropped to --size, or scored; small, for a pixel sees only 3x3")
     g.add_argument("--normalise", choices=["set", "image"], help="colours relative to the mean of all "
                    "photos, or of each; image where light and colour cast vary")
     g.add_argument("--augment", action=common.argparse.BooleanOptionalAction, help="mirror, jitter and drop "
