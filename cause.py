@@ -516,12 +516,10 @@ PRESETS = {      # steps as one of four unsynchronised processes took them: epoc
                     codebook_steps=400, probe_steps=400, probe="modularity", batch_size=16, lr=4e-3,
                     probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4, thresholds=(0.3, 0.1),
                     code_dim=90, projection_dim=2048),
-    # six classes, and cosines of DCT descriptors, which run higher than a transformer's: other thresholds
-    "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=300, codebook_steps=150, probe_steps=100,
-                   probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, thresholds=(0.7, 0.3),
-                   projection_dim=512),
+    "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=200, codebook_steps=400, probe_steps=50,
+                   probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, projection_dim=512),
     # 367 photos: a smaller codebook and bank, which two CPU cores can carry
-    "camvid": dict(eval_size=336, steps=300, codebook_steps=150, probe_steps=150, probe="kmeans", codes=256,
+    "camvid": dict(eval_size=224, steps=300, codebook_steps=150, probe_steps=150, probe="kmeans", codes=256,
                    bank_slots=50, window=2, projection_dim=512, lr=1e-3),
     # 49,629 curated images x 5 crops; 320 px at test time, and in training for the codebook and for TR
     "coco27": dict(crops=5, codebook_size=320, steps=7754, codebook_steps=3877, probe_steps=3877, clip=0.1),
