@@ -754,7 +754,9 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
     content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names,
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
-    common.write(folder / f"{prefix}scores.json", json.dumps(plain(content), indent=1).encode())
+    path = folder / f"{prefix}scores.json"
+    before = json.loads(path.read_text()) if path.exists() else {}  # a method's own rows, other variants
+    common.write(path, json.dumps({**before, **plain(content)}, indent=1).encode())
     pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
                                        [(ids, names, palette)])}
     if shown:
@@ -1152,6 +1154,16 @@ def embed(model, dataset, folder, device):
 
 
 @torch.no_grad()
+def principal_colours(maps):
+    """Maps (K,h,w) -> uint8 (h,w,3) each: their first three principal components, common to all, as red, green, blue."""
+    pixels = torch.cat([m.flatten(1) for m in maps], 1).T                             # (n,K)
+    mean = pixels.mean(0)
+    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]   # (K,3), largest first
+    low, high = ((pixels[::len(pixels) // 100_000 + 1] - mean) @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
+    return [(255 * ((((m.permute(1, 2, 0) - mean) @ axes) - low) / (high - low).clamp(min=1e-9)).clamp(0, 1))
+            .byte().numpy() for m in maps]
+
+
 def principal_picture(model, dataset, device):
     """Photos beside the first three principal components of their code as red, green, blue (ViCE, fig. 5)."""
     photos, codes = [], []
@@ -1160,16 +1172,29 @@ def principal_picture(model, dataset, device):
         code = encode(model, padded(item["image"][None].to(device), patch_of(model)))
         photos.append(photo_of(item))
         codes.append(F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu())
-    pixels = torch.cat([code.flatten(1)[:, ::7] for code in codes], 1).T  # (n, K): a seventh fixes the axes
-    mean = pixels.mean(0)
-    # (K, 3), largest variance first
-    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]
-    low, high = ((pixels[::len(pixels) // 100_000 + 1] - mean) @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
-    rows = []
-    for photo, code in zip(photos, codes):
-        rgb = ((((code.permute(1, 2, 0) - mean) @ axes) - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
-        rows.append([fit(photo, mode=Image.Resampling.BILINEAR), fit((255 * rgb).byte().numpy())])
+    rows = [[fit(photo, mode=Image.Resampling.BILINEAR), fit(rgb)]
+            for photo, rgb in zip(photos, principal_colours(codes))]
     return sheet(rows, ["photo", "first three principal components"], [], np.zeros((0, 3)))
+
+
+def path_picture(model, item, named, device):
+    """One image at every station from file to score, with shapes: features and codes as principal components.
+
+    named: what `naming` gives. model: a run with a backbone; `item` of a data set.
+    """
+    ids, names, palette = named
+    image = padded(item["image"][None].to(device), patch_of(model))
+    feats, code = model.backbone(image)[0].cpu(), encode(model, image)[0].cpu()
+    found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0].cpu()
+    raw = paint(found.numpy(), distinct(len(ids)))
+    stations = [("image", item["image"], photo_of(item)), ("features", feats, principal_colours([feats])[0]),
+                ("code", code, principal_colours([code])[0]), ("clusters", found, raw),
+                ("classes", found, paint(ids[found].numpy(), palette)),
+                ("ground truth", item["label"], paint(item["label"].numpy(), palette))]
+    seen = sorted(set(ids[found].unique().tolist()) | set(item["label"][item["label"] >= 0].unique().tolist()))
+    row = [fit(picture, 180, Image.Resampling.NEAREST) for _, _, picture in stations]
+    titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
+    return sheet([row], titles, [names[i] for i in seen], palette[seen])
 
 
 def neighbors(means, k):
@@ -1251,6 +1276,13 @@ def look_inside(options, device):
     if options.pca:
         write_png(folder / "pca.png", principal_picture(model, val, device))
         print(f"wrote {folder / 'pca.png'}")
+    if options.path:
+        if not options.runs or not (folder / "scores.json").exists() or not hasattr(model, "backbone"):
+            raise ValueError("--path needs a scored run with a backbone: run python eval.py RUN first")
+        saved = json.loads((folder / "scores.json").read_text())
+        named = torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
+        write_png(folder / "path.png", path_picture(model, val[evenly(1, len(val))[0]], named, device))
+        print(f"wrote {folder / 'path.png'}")
     if (options.neighbors or options.pr_curve) and not val.classes:
         raise ValueError(f"{val.name} has no labels to compare correspondences with")
     if options.neighbors:
@@ -1314,6 +1346,7 @@ def arguments():
     g = p.add_argument_group("a look inside (a run, or --arch and --data)")
     g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
     g.add_argument("--pca", action="store_true", help="picture of the code's three principal components")
+    g.add_argument("--path", action="store_true", help="picture of one image at every station, with shapes")
     g.add_argument("--neighbors", action="store_true",
                    help="which classes the backbone's correspondences between neighbouring images confuse: "
                    "judges a backbone without training")
@@ -1346,7 +1379,7 @@ def run(options):
         if len(options.runs) != 1:
             raise ValueError("--images needs exactly one RUN")
         return segment(options.runs[0], options, device)
-    if options.embed or options.pca or options.neighbors or options.pr_curve:
+    if options.embed or options.pca or options.path or options.neighbors or options.pr_curve:
         return look_inside(options, device)
     if not options.runs:
         return score_backbone(options, device)
