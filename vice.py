@@ -3,8 +3,8 @@
 An image is cut into superpixels (SLIC), and M square views around one point of it show some of them together.
 A CNN embeds every pixel; a superpixel is the mean embedding of its pixels. Sinkhorn's optimal transport
 assigns view 0's superpixels to K prototypes, and the other views, which see them with other context, scale
-and colour, must predict that assignment. Then the CNN is frozen, and clusters and a linear model are fitted on
-its embeddings. No label reaches the CNN, and with --weights none nothing is pretrained.
+and colour, must predict that assignment. Then the CNN is frozen, and clusters and a linear model are fitted
+on its embeddings. No label reaches the CNN, and with --weights none nothing is pretrained.
 
     python vice.py                                        # generated scenes, from random weights
     python vice.py --data camvid --root data/camvid --weights resnet18.pth
@@ -546,7 +546,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def learning_rate(step, total, lr, warmup=0.02):
-    """From lr / 16 to lr in the first share `warmup` of the steps, then the cosine of the whole run to lr / 1000."""
+    """From lr / 16 to lr in the first share `warmup` of the steps, then the run's cosine to lr / 1000."""
     t = step / total
     if t < warmup:
         return lr / 16 + (lr - lr / 16) * t / warmup
@@ -628,8 +628,8 @@ def fit_probes(model, images, args):
     device, generator = model.prototypes.device, torch.Generator().manual_seed(args.seed)
     model.eval()
     with torch.no_grad():
-        X, y, _ = eval.sample_points(model, images, device, 1, args.probe_pixels, args.probe_images, args.seed)
-    X, y = X.flatten(0, 1), y.flatten()
+        points = eval.sample_points(model, images, device, 1, args.probe_pixels, args.probe_images, args.seed)
+    X, y = points[0].flatten(0, 1), points[1].flatten()
     some = torch.randperm(len(X), generator=generator)[:20000].to(device)
     model.cluster.clusters.data.copy_(eval.kmeans(X[some], args.clusters, seed=args.seed))
     X, y = X[y >= 0], y[y >= 0]
@@ -671,13 +671,15 @@ PRESETS = {      # lr: published 0.0025 x images per step, for thousands of step
         queue=5000, queue_start=313, freeze=313, steps=7552, batch_size=32, lr=0.08, warmup=0.02,
         weight_decay=1e-6, filters=256, probe_images=1000, probe_pixels=500, probe_steps=3000),
     "scenes": dict(
-        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64, beta=(0.75, 1.25),
-        colour=0.4, blur=0.0, prototypes=32, queue=1000, queue_start=30, freeze=20, steps=200, batch_size=12,
-        lr=1.5, filters=27, probe_images=128, probe_pixels=160, probe_steps=300, workers=1),
-    "camvid": dict(
-        size=160, eval_size=160, region_size=10, views=3, view_size=96, beta=(0.75, 1.25), colour=0.4, blur=0.1,
-        prototypes=32, queue=2000, queue_start=30, freeze=20, steps=100, batch_size=6, lr=0.5, probe_images=367,
-        probe_pixels=200, probe_steps=1000),
+        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64, colour=0.4,
+        blur=0.0, beta=(0.75, 1.25), prototypes=32, queue=1000, queue_start=30, freeze=20, steps=200,
+        batch_size=12, lr=1.5, filters=27, probe_images=128, probe_pixels=160, probe_steps=300),
+    "camvid": dict(      # three stages and small images: what a CPU does in minutes
+        depth=3, size=128, eval_size=128, region_size=10, views=3, view_size=96, colour=0.4, blur=0.1,
+        beta=(0.75, 1.25), prototypes=32, queue=2000, queue_start=30, freeze=20, steps=150, batch_size=8,
+        lr=0.5, filters=45, probe_images=128, probe_pixels=160, probe_steps=1000),
+    "camvid/resnet50": dict(steps=80, batch_size=6),
+    "camvid+none": dict(lr=1.5),
     "smoke": dict(steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20, probe_steps=10),
 }
 
@@ -686,13 +688,13 @@ def arguments():
     p, whole = common.parser(__doc__), common.whole
     p.set_defaults(arch="resnet18")
     for name, text in (
-            ("--arch", "the network: resnet18, resnet34, resnet50, resnet101, resnet152; larger pays on COCO"),
+            ("--arch", "resnet18, resnet34, resnet50, resnet101 or resnet152; a larger one pays on COCO"),
             ("--depth", "keep the first K of the ResNet's four stages; the last costs most"),
             ("--weights", "ImageNet weights from a file instead of torchvision's server; none = random")):
         p._option_string_actions[name].help = text
     add = p.add_argument_group("ViCE").add_argument
-    add("--decoder", choices=["fpn", "deeplab"], help="fpn for images of about 320 pixels, deeplab (DeepLabV3+) "
-        "for larger ones; the other way round fails in the paper")
+    add("--decoder", choices=["fpn", "deeplab"], help="fpn for images of about 320 pixels, deeplab "
+        "(DeepLabV3+) for larger ones; the other way round fails in the paper")
     add("--code-dim", type=whole(1), help="embedding width D; 128 in the paper, 32 costs it 1.5 mIoU")
     add("--views", type=whole(2), help="views per image, M; 5 in the paper")
     add("--view-size", type=whole(16), metavar="PIXELS", help="side of a view; a step costs its square")
