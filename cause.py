@@ -514,8 +514,8 @@ def step_linear(model, loss, optimizer):
 PRESETS = {      # steps as one of four unsynchronised processes took them: epoch = crops / 4 / 16
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000,
                     codebook_steps=400, probe_steps=400, probe="modularity", batch_size=16, lr=4e-3,
-                    probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4, thresholds=(0.3, 0.1),
-                    code_dim=90, projection_dim=2048),
+                    probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4,
+                    thresholds=(0.3, 0.1), code_dim=90, projection_dim=2048),
     "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=200, codebook_steps=400, probe_steps=50,
                    probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, projection_dim=512),
     # 367 photos: a smaller codebook and bank, which two CPU cores can carry

@@ -151,7 +151,7 @@ def quick_help(script):
     """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is
     executed."""
     tree = ast.parse(Path(script).read_text())
-    scope = {"common": sys.modules[__name__], "__doc__": ast.get_docstring(tree)}
+    scope = {"common": sys.modules[__name__], "argparse": argparse, "__doc__": ast.get_docstring(tree)}
     keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
             or isinstance(n, ast.Assign) and n.targets[0].id.isupper()]
     exec(compile(ast.Module(keep, []), script, "exec"), scope)
