@@ -342,7 +342,7 @@ PRESETS = {
     "default": dict(eval_size=128, size=128, protocol="whole", dim=1024, layers=6, steps=12000, lr=1e-4,
                     batch_size=128, normalise="set", augment=False),
     "scenes": dict(eval_size=96, size=48, dim=64, steps=300, batch_size=16, lr=5e-4, normalise="image"),
-    "camvid": dict(size=64, dim=64, steps=500, batch_size=16, lr=5e-4),
+    "camvid": dict(size=64, dim=64, steps=1000, batch_size=16, lr=5e-4, normalise="image"),
     "coco3": dict(eval_size=160, steps=8000),                 # a third of 640 x 480, then a crop of 128
     "coco15": dict(eval_size=160, steps=11600),
     "coco27": dict(protocol="picie", steps=11600),            # PiCIE's central square, here too
@@ -361,7 +361,7 @@ def arguments():
     g.add_argument("--layers", type=common.whole(1), help="layers of the transformer; with 4 instead "
                    "of 6 the paper loses 0.4 points")
     g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="shorter side to which a "
-                   "photo is resized before it is cropped to --size, or scored; small, for a pixel sees only 3x3")
+                   "photo is resized before it is cropped to --size, or scored; small, as a pixel sees 3x3")
     g.add_argument("--normalise", choices=["set", "image"], help="colours relative to the mean of all "
                    "photos, or of each; image where light and colour cast vary")
     g.add_argument("--augment", action=common.argparse.BooleanOptionalAction, help="mirror, jitter and drop "
