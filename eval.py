@@ -1155,7 +1155,7 @@ def embed(model, dataset, folder, device):
 
 @torch.no_grad()
 def principal_colours(maps):
-    """Maps (K,h,w) -> uint8 (h,w,3) each: their first three principal components, common to all, as red, green, blue."""
+    """Maps (K,h,w) -> uint8 (h,w,3) each: their first three principal components in common, as R, G, B."""
     pixels = torch.cat([m.flatten(1) for m in maps], 1).T                             # (n,K)
     mean = pixels.mean(0)
     axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))[1].flip(1)[:, :3]   # (K,3), largest first
@@ -1164,6 +1164,7 @@ def principal_colours(maps):
             .byte().numpy() for m in maps]
 
 
+@torch.no_grad()
 def principal_picture(model, dataset, device):
     """Photos beside the first three principal components of their code as red, green, blue (ViCE, fig. 5)."""
     photos, codes = [], []
@@ -1177,6 +1178,7 @@ def principal_picture(model, dataset, device):
     return sheet(rows, ["photo", "first three principal components"], [], np.zeros((0, 3)))
 
 
+@torch.no_grad()
 def path_picture(model, item, named, device):
     """One image at every station from file to score, with shapes: features and codes as principal components.
 
@@ -1191,7 +1193,8 @@ def path_picture(model, item, named, device):
                 ("code", code, principal_colours([code])[0]), ("clusters", found, raw),
                 ("classes", found, paint(ids[found].numpy(), palette)),
                 ("ground truth", item["label"], paint(item["label"].numpy(), palette))]
-    seen = sorted(set(ids[found].unique().tolist()) | set(item["label"][item["label"] >= 0].unique().tolist()))
+    labelled = item["label"][item["label"] >= 0]
+    seen = sorted({*ids[found].unique().tolist(), *labelled.unique().tolist()})
     row = [fit(picture, 180, Image.Resampling.NEAREST) for _, _, picture in stations]
     titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
     return sheet([row], titles, [names[i] for i in seen], palette[seen])
