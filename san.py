@@ -282,9 +282,13 @@ class Crops(torch.utils.data.Dataset):
             image = (self.colour(image * common.STD + common.MEAN) - common.MEAN) / common.STD
             if torch.rand(()) < 0.5:
                 image, label = image.flip(-1), label.flip(-1)
-        y, x = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in label.shape)
+        image = prepare(image, self.normalise)
+        bottom, right = (max(self.size - side, 0) for side in label.shape)       # a long, narrow photo
+        image = F.pad(image[None], (0, right, 0, bottom), mode="replicate")[0]
+        label = F.pad(label, (0, right, 0, bottom), value=-1)
+        y, x = (int(torch.randint(side - self.size + 1, ())) for side in label.shape)
         box = (..., slice(y, y + self.size), slice(x, x + self.size))
-        return {**item, "image": prepare(image, self.normalise)[box], "label": label[box]}
+        return {**item, "image": image[box], "label": label[box]}
 
 
 def train(args):
