@@ -1,17 +1,17 @@
-"""HP: unsupervised semantic segmentation by contrast with hidden positives (Seong, Moon, Lee, Lee, Heo, CVPR 2023).
+"""HP: unsupervised semantic segmentation by contrast with hidden positives (Seong, Moon et al., CVPR 2023).
 
-A small head on frozen patch features is trained by contrast between the patches of a batch. Two patches are positives if
-they are more alike than either is to its nearest patch in a reference pool, one random patch per image: first by the
-backbone's features, then more and more also by the codes of a momentum head. Each patch also passes its gradient on to
-the neighbours it attends to. Clusters and a linear probe are trained beside. No label reaches head or clusters.
+A small head on frozen patch features is trained by contrast between the patches of a batch. Two patches are
+positives if they are more alike than either is to its nearest patch in a reference pool of random patches:
+first by the backbone's features, then more and more also by the codes of a momentum head. Each patch also
+passes its gradient on to the neighbours it attends to. K-means on the codes gives the clusters; a linear
+probe is trained beside. No label reaches head or clusters.
 
-    python hp.py                                           # generated scenes, no download, about a minute
-    python hp.py --data coco27 --root data/cocostuff --arch vits8                    # paper: 24.6 mIoU with CRF, not run here
-    python hp.py --data camvid --root data/camvid --arch dinov2_vits14 --cache-features ram
-    python hp.py --local none --no-task-specific                                     # row (d) of table 4
+    python hp.py                                                   # drawn scenes, no download, about a minute
+    python hp.py --data coco27 --root data/cocostuff --arch vits8   # paper: 24.6 mIoU with CRF; not run here
+    python hp.py --data photos/ --arch vits8 --consistency 0 --cache-features ram       # your own pictures
+    python hp.py --local none --no-task-specific                   # row (d) of table 4
 """
-import common                                              # first: it answers --help before torch is loaded
-import argparse
+import common                                                  # first: it answers --help before torch is load
 import copy
 
 import torch
@@ -24,14 +24,14 @@ import data
 import eval
 from eval import ClusterProbe, LinearProbe
 
-# Letters: B images, h w patches, N = h * w, M = B * N patches of a batch, D backbone width, K code width (512), P patches
-# of a reference pool, C clusters.
+# Letters: B images, h w patches, N = h * w, M = B * N patches of a batch, D backbone width, K code width,
+# P patches of a reference pool.
 
 
 # ---------------------------------------------------------------- model
 
 class Head(nn.Module):
-    """Features (B,D,h,w) -> code (B,K,h,w): a linear branch plus a two-layer branch, each behind its own dropout."""
+    """Features (B,D,h,w) -> code (B,K,h,w): a linear plus a two-layer branch, each behind its own dropout."""
 
     def __init__(self, D, K):
         super().__init__()
@@ -75,7 +75,10 @@ def tokens(x):
 
 
 class WithWindow(nn.Module):
-    """A backbone that also gives the local hidden positives: images (B,3,H,W) -> (B,D+9,h,w), features and `window`."""
+    """Backbone and local hidden positives: images (B,3,H,W) -> (B,D+9,h,w), features and their `window`.
+
+    Attention: of the last block; the soft-max of cosines where a backbone has none (dct8, resnet50).
+    """
 
     def __init__(self, backbone):
         super().__init__()
@@ -94,16 +97,15 @@ def thresholds(features, pool):
 
 
 def compare(features, limits, b, c, symmetric=True):
-    """Hidden positives between two ranges of patches: for anchors b and for anchors c, both (|b|,|c|) bool, eq. 3 and 4."""
+    """Positives between two ranges of patches, for anchors b and for anchors c: bool (|b|,|c|), eq. 3, 4."""
     cosine = features[b] @ features[c].T
     if symmetric:
-        positives = cosine > torch.minimum(limits[b, None], limits[None, c])
-        return positives, positives
+        return (cosine > torch.minimum(limits[b, None], limits[None, c]),) * 2
     return cosine > limits[b, None], cosine > limits[None, c]
 
 
 def hidden_positives(features, pool):
-    """Unit features (M,D), unit pool (P,D) -> positives (M,M) bool, symmetric and without self, thresholds (M,)."""
+    """Unit (M,D), unit pool (P,D) -> positives (M,M) bool, symmetric and without self, thresholds (M,)."""
     limits, everything = thresholds(features, pool), slice(0, len(features))
     return compare(features, limits, everything, everything)[0].fill_diagonal_(False), limits
 
@@ -111,10 +113,11 @@ def hidden_positives(features, pool):
 def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight=True):
     """Contrast with hidden positives, the mean of Phi over z and Psi over z_mix (eq. 5, 6, 10) -> scalar.
 
-    z, z_mix unit (M,K), M = B*N; positives (M,M) bool; negatives (N,M) bool, one row per patch position, shared by the
-    images. The published code, followed here, departs from the paper: both kinds of positives go into one average with
-    weights 1 and lam; the denominator is negatives and task-agnostic positives; anchors without one of those are left
-    out; an anchor counts by its number of positives (reweight); the whole is scaled by tau / 0.07.
+    z, z_mix unit (M,K), M = B*N; positives (M,M) bool; negatives (N,M) bool, a row per patch position, shared
+    by the images. The published code, followed here, departs from the paper: both kinds of positives go into
+    one average with weights 1 and lam; the denominator is negatives and task-agnostic positives; anchors
+    without one of those are left out; anchors count by their number of positives (reweight); all is scaled by
+    tau / 0.07.
     """
     def masks(b, c):
         return (positives_ag[b, c], positives_ag[c, b].T), (positives_sp[b, c], positives_sp[c, b].T)
@@ -124,69 +127,67 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
 class Contrast(torch.autograd.Function):
     """`contrastive_loss` and its gradient in blocks of a few images: no (M,M) similarity is ever held.
 
-    With l_ij = z_i z_j / tau, weights w_ij (1 task-agnostic, lam task-specific), W_i = sum_j w_ij and D_i the denominator's
-    patches, an image's loss is -tau/0.07 sum_i a_i (sum_j w_ij l_ij - W_i log Z_i), Z_i = sum_{j in D_i} exp l_ij, with
-    a_i = 1 / sum of W over the image's anchors (reweight) or 1 / (number of anchors * W_i), so
-    d loss / d l_ij = G_ij = -tau/0.07 a_i (w_ij - W_i [j in D_i] exp(l_ij) / Z_i) and d loss / d z = (G + G^T) z / tau.
-    l is symmetric: a block serves its rows and its columns as anchors. First pass: W, Z and the value; second: G.
+    With l_ij = z_i z_j / tau, weights w_ij (1 task-agnostic, lam task-specific), W_i = sum_j w_ij, D_i the
+    denominator's patches and Z_i = sum_{j in D_i} exp l_ij, an image's loss is
+    -tau/0.07 sum_i a_i (sum_j w_ij l_ij - W_i log Z_i), where a_i = 1 / (sum of W over the image's anchors),
+    or without reweighting 1 / (number of anchors * W_i). So d loss / d z = (G + G^T) z / tau with
+    G_ij = -tau/0.07 a_i (w_ij - W_i [j in D_i] exp(l_ij) / Z_i).
+    l is symmetric, so a block serves its rows and its columns as anchors. First pass: W, Z, value; second: G.
     """
 
     @staticmethod
     def forward(ctx, masks, negatives, own, lam, tau, reweight, *embeddings):
-        """masks(b, c) -> task-agnostic and task-specific (or None) positives, each for anchors b and for anchors c, as
-        (|b|,|c|) bool. own: this process's images; embeddings: z (M,K) over all processes."""
-        (N, M), device = negatives.shape, negatives.device
-        step = max(1, (4096 if device.type == "cuda" else 1024) // N) * N
-        starts = [i for p in range(0, M, len(own) * N) for i in range(p, p + len(own) * N, step)]
-        blocks = [slice(i, min(i + step, (i // (len(own) * N) + 1) * len(own) * N)) for i in starts]
+        """masks(b, c) -> task-agnostic and task-specific (or None) positives, both for anchors b and c, as
+        bool (|b|,|c|). own: this process's images; embeddings: z (M,K) over all processes."""
+        (N, M), device, E = negatives.shape, negatives.device, len(embeddings)
+        step, share = max(1, (4096 if device.type == "cuda" else 1024) // N) * N, len(own) * N
+        blocks = [slice(i, min(i + step, p + share)) for p in range(0, M, share)
+                  for i in range(p, p + share, step)]
         mine = [b.start // N in own for b in blocks]
         weight, any_ag = torch.zeros(M, device=device), torch.zeros(M, dtype=torch.bool, device=device)
-        attracted, total = torch.zeros(2, len(embeddings), M, device=device)
+        attracted, total = torch.zeros(2, E, M, device=device)
         kept = []
 
-        def sides(b, c, ag, sp, mutual):                          # for anchors b, then c: rows of a column, w, D
-            for anchors, keys, dim in ((b, c, 1), (c, b, 0))[:1 + mutual]:
-                p = ag[1 - dim]
-                w = p.float() if sp is None else torch.add(p.float(), sp[1 - dim], alpha=lam)
+        def sides(b, c, ag, sp, mutual):              # anchors b, then c: the axis of a sum, w, D
+            for anchors, keys, axis in ((b, c, 1), (c, b, 0))[:1 + mutual]:
+                p = ag[1 - axis]
+                w = p.float() if sp is None else torch.add(p.float(), sp[1 - axis], alpha=lam)
                 random = negatives[:, keys].repeat((anchors.stop - anchors.start) // N, 1)
-                yield anchors, dim, w, p | (random if dim else random.T)
+                d = p | (random if axis else random.T)
+                yield anchors, axis, w, d.fill_diagonal_(False) if b == c else d
 
         for i, b in enumerate(blocks):
             for j, c in enumerate(blocks):
                 if not mine[i] or (mine[j] and j < i):
                     continue
                 ag, sp = masks(b, c)
-                if i == j:                                        # a patch is no key of itself
-                    ag, sp = ([p & ~torch.eye(len(p), dtype=torch.bool, device=device) for p in x] if x else x
-                              for x in (ag, sp))
-                mutual = mine[j] and j > i
-                kept.append((b, c, ag, sp, mutual))
+                if i == j:                                         # a patch is no key of itself
+                    other = ~torch.eye(b.stop - b.start, dtype=torch.bool, device=device)
+                    ag, sp = (x and [p & other for p in x] for x in (ag, sp))
+                kept.append((b, c, ag, sp, mine[j] and j > i))
                 logits = [z[b] @ z[c].T / tau for z in embeddings]
                 exps = [x.exp() for x in logits]
-                for anchors, dim, w, d in sides(*kept[-1]):
-                    if i == j:
-                        d = d.fill_diagonal_(False)
-                    weight[anchors] += w.sum(dim)
-                    any_ag[anchors] |= ag[1 - dim].any(dim)
-                    for e in range(len(embeddings)):
-                        attracted[e, anchors] += (w * logits[e]).sum(dim)
-                        total[e, anchors] += (d * exps[e]).sum(dim)
-        share = any_ag / (weight * any_ag).view(-1, N).sum(1).clamp(min=1e-12).repeat_interleave(N) if reweight else \
-            any_ag / (any_ag.view(-1, N).sum(1).clamp(min=1).repeat_interleave(N) * weight.clamp(min=1e-12))
-        scale = -tau / 0.07 / len(own) / len(embeddings)
+                for anchors, axis, w, d in sides(*kept[-1]):
+                    weight[anchors] += w.sum(axis)
+                    any_ag[anchors] |= ag[1 - axis].any(axis)
+                    for e in range(E):
+                        attracted[e, anchors] += (w * logits[e]).sum(axis)
+                        total[e, anchors] += (d * exps[e]).sum(axis)
+
+        def per_image(x):                          # sum over an image's patches, at each of them
+            return x.view(-1, N).sum(1).clamp(min=1e-12).repeat_interleave(N)
+        a = any_ag / (per_image(weight * any_ag) if reweight else per_image(any_ag) * weight.clamp(min=1e-12))
+        a = -tau / 0.07 / len(own) / E * a
         total = total.where(any_ag, torch.ones_like(total))
-        loss = scale * (share * (attracted - weight * total.log())).sum()
+        loss = (a * (attracted - weight * total.log())).sum()
+        pull, push = a / tau, a * weight / total / tau                                       # (M,), (E,M)
         gradients = [torch.zeros_like(z) for z in embeddings]
-        pull, push = scale * share / tau, scale * share * weight / total / tau               # (M,), (E,M)
         for b, c, ag, sp, mutual in kept:
-            G = [0] * len(embeddings)
-            exps = [(z[b] @ z[c].T / tau).exp_() for z in embeddings]
-            for anchors, dim, w, d in sides(b, c, ag, sp, mutual):
-                if b == c:
-                    d = d.fill_diagonal_(False)
-                w = w * pull[anchors].unsqueeze(dim)
-                for e in range(len(embeddings)):
-                    G[e] = G[e] + w - d * exps[e] * push[e, anchors].unsqueeze(dim)
+            G, exps = [0] * E, [(z[b] @ z[c].T / tau).exp_() for z in embeddings]
+            for anchors, axis, w, d in sides(b, c, ag, sp, mutual):
+                w = w * pull[anchors].unsqueeze(axis)
+                for e in range(E):
+                    G[e] = G[e] + w - d * exps[e] * push[e, anchors].unsqueeze(axis)
             for z, g, gradient in zip(embeddings, G, gradients):
                 gradient[b] += g @ z[c]
                 gradient[c] += g.T @ z[b]
@@ -199,23 +200,20 @@ class Contrast(torch.autograd.Function):
 
 
 def window(attention, h, w):
-    """Attention (B,heads,p+N,p+N), p prefix tokens -> (B,9,h,w): how much a patch takes of each of its 3 x 3 neighbours.
+    """Attention (B,heads,p+N,p+N), p prefix tokens -> (B,9,h,w): what a patch takes of its 3 x 3 neighbours.
 
-    As published, and other than eq. 7 to 9: each row is clipped to its 10 and 90 % quantiles and soft-maxed again, times
-    28; what is below the row's mean counts 0; the sum is divided by the size of the window inside the image.
+    As published, and other than eq. 7 to 9: each row is clipped to its 10 and 90 % quantiles and soft-maxed
+    again, times 28; what is below the row's mean counts 0; the sum is divided by the size of the window.
     """
-    N = h * w
-    a = attention[:, :, -N:, -N:].mean(1)                                                    # (B,N,N)
-    y, x = torch.arange(N, device=a.device) // w, torch.arange(N, device=a.device) % w
-    steps = torch.arange(9, device=a.device)
-    ny, nx = y[:, None] + steps // 3 - 1, x[:, None] + steps % 3 - 1                         # (N,9)
-    inside = (ny >= 0) & (ny < h) & (nx >= 0) & (nx < w)
-    index = torch.where(inside, ny * w + nx, 0)
-    result = []
-    for row in a:                                                 # image by image: the sort needs memory
-        low, high = row.quantile(torch.tensor([0.1, 0.9], device=a.device, dtype=a.dtype), dim=1, keepdim=True)
-        row = 28 * row.clamp(low, high).softmax(1)
-        near = row.gather(1, index)                                                          # (N,9)
+    N, device = h * w, attention.device
+    at, steps = torch.arange(N, device=device)[:, None], torch.arange(9, device=device)
+    y, x = at // w + steps // 3 - 1, at % w + steps % 3 - 1                                  # (N,9)
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+    levels, result = torch.tensor([0.1, 0.9], device=device), []
+    for row in attention[:, :, -N:, -N:].mean(1):                  # image by image: the sort needs memory
+        low, high = row.quantile(levels, dim=1, keepdim=True)
+        row = 28 * row.clamp(low, high).softmax(1)                                           # (N,N)
+        near = row.gather(1, torch.where(inside, y * w + x, 0))                              # (N,9)
         near = near * (inside & (near >= row.mean(1, keepdim=True))) / inside.sum(1, keepdim=True)
         result.append(near.T.unflatten(1, (h, w)))
     return torch.stack(result)
@@ -234,11 +232,11 @@ def mix_local(code, attention):
 
 
 def propagated_loss(z, near, masks, negatives, own, lam, tau):
-    """Loss propagation, the alternative of table 5: the loss of a patch (its positives and negatives) is also asked of the
-    patches that it attends to, in proportion to `near` (B,9,h,w); arguments as for `Contrast`, z (M,K) -> scalar."""
+    """Loss propagation (table 5): the loss of a patch, with its positives and negatives, is asked of the
+    patches that it attends to, in proportion to `near` (B,9,h,w). z (M,K), the rest as in `Contrast`."""
     N, (h, w) = len(negatives), near.shape[2:]
 
-    def term(padded, k, share, weight, allowed):                  # the neighbour at offset k of every patch as anchor
+    def term(padded, k, share, weight, allowed):                   # anchors: every patch's neighbour k
         anchors = padded[k // 3:k // 3 + h, k % 3:k % 3 + w].reshape(N, -1)
         logit = anchors @ z.T / tau                                                          # (N,M)
         lse = logit.masked_fill(~allowed, -1e9).logsumexp(1)
@@ -248,19 +246,21 @@ def propagated_loss(z, near, masks, negatives, own, lam, tau):
     for b, image in enumerate(own):
         rows = slice(image * N, (image + 1) * N)
         ag, sp = masks(rows, slice(0, len(z)))
-        itself = torch.arange(N, device=z.device)[:, None] + image * N == torch.arange(len(z), device=z.device)
+        index = torch.arange(len(z), device=z.device)
+        itself = index[rows, None] == index
         allowed = (ag[0] | negatives) & ~itself                                              # (N,M)
         weight = (ag[0].float() if sp is None else ag[0] + lam * sp[0]).masked_fill(itself, 0)
         weight = weight * (ag[0] & ~itself).any(1, keepdim=True)
         share = near[b].flatten(1) / near[b].flatten(1).sum(0).clamp(min=1e-12)              # (9,N)
         padded = F.pad(z[rows].view(h, w, -1), (0, 0, 1, 1, 1, 1))
-        terms = sum(checkpoint(term, padded, k, share, weight, allowed, use_reentrant=False) for k in range(9))
+        terms = sum(checkpoint(term, padded, k, share, weight, allowed, use_reentrant=False)
+                    for k in range(9))
         total = total + tau / 0.07 * terms / weight.sum().clamp(min=1e-12)
     return total / len(own)
 
 
 def naive_loss(z, z_view, images, tau):
-    """Eq. 1, row (g) of table 4: the one positive of a patch is itself in the other view, all others are negatives."""
+    """Eq. 1, row (g) of table 4: the positive of a patch is itself in the other view, all others repel."""
     M, N = len(z), len(z) // images
 
     def masks(b, c):
@@ -286,8 +286,7 @@ def task_specific_share(step, total, warmup):
 class Views(torch.utils.data.Dataset):
     """Items of `images` with a photometrically changed copy, "view", whose patches stay in place.
 
-    As published the changes act on the normalised image, whose values they clamp to [0,1]: strong, but it is what gave
-    the published numbers.
+    As published the changes act on the normalised image, whose values they clamp to [0,1].
     """
 
     def __init__(self, images):
@@ -311,10 +310,10 @@ def random_patch(feats):
 
 @torch.no_grad()
 def random_patches(run, features, images, D, size):
-    """Features (size,D) of random patches of the training images: one of each image, more where there are fewer images."""
+    """Features (size,D) of random patches, one of each training image, more where there are fewer images."""
     count = min(run.args.batch_size if run.args.bench else size, len(images))
     chosen = torch.randperm(len(images))[:count]
-    at = torch.rand(count, -(-size // count))                     # the same on every process, as is the choice
+    at = torch.rand(count, -(-size // count))                    # the same on every process
     found = torch.zeros(*at.shape, D, device=run.device)
     subset = torch.utils.data.Subset(images, chosen.tolist())
     for k, items in enumerate(eval.batches(subset, 16, run.args.workers, "reference pool")):
@@ -328,7 +327,7 @@ def random_patches(run, features, images, D, size):
 
 @torch.no_grad()
 def pool(run, network, feats):
-    """A reference pool of unit vectors (P,C): network, and its dropout, on features (P,D), a share on each process."""
+    """A reference pool of unit vectors (P,C): network, with its dropout, on features (P,D), shared out."""
     share = feats.chunk(run.world)[run.rank]
     return F.normalize(common.gather(network(share[:, :, None, None]).flatten(1)), dim=1)
 
@@ -342,8 +341,8 @@ def update_momentum(model, rate):
 
 def train(args):
     if args.cache_features and (args.consistency or args.naive):
-        raise ValueError("the second view of an image is new in every step, so --cache-features cannot keep its features; "
-                         "add --consistency 0, as published for Potsdam, or leave the cache out")
+        raise ValueError("the second view of an image is new in every step, so --cache-features cannot "
+                         "keep it; add --consistency 0, as published for Potsdam, or leave the cache out")
     run = common.Run("hp", args)
     images = data.load(args.data, args.root, "train", size=args.size, crops=5 if args.five_crop else None,
                        protocol=args.protocol)
@@ -355,19 +354,21 @@ def train(args):
     view_features = run.features(model.backbone, images) if two_views else None
 
     optimizer = torch.optim.AdamW(model.head.parameters(), args.lr, weight_decay=args.weight_decay)
+    linear_parameters = model.linear.parameters() if model.linear else []
     others = torch.optim.Adam([{"params": model.projection.parameters(), "lr": 5e-4},
                                {"params": model.cluster.parameters(), "lr": 5e-3},
-                               {"params": model.linear.parameters() if model.linear else [], "lr": 1e-3}])
+                               {"params": linear_parameters, "lr": 1e-3}])
     size = args.pool // run.world * run.world
     pool_ag = pool(run, drop, random_patches(run, features, images, D, size))                # (P,D), stays
-    # The published code renews the task-specific pool from P fresh images each time; here it takes a patch of each of the
-    # last P training images, which are fresh too and cost no pass through the backbone.
+    # The published code renews the task-specific pool from P fresh images each time; here it takes a patch of
+    # each of the last P training images, which are fresh too and cost no pass through the backbone.
     recent = random_patches(run, features, images, D, size)                                  # (P,D)
     pool_sp = pool(run, lambda x: drop(model.momentum(x)), recent)                           # (P,K)
-    for step, batch in run.steps("head", args.steps, Views(images) if two_views else images, model=model,
-                                 optimizer=optimizer, others=others, pool_ag=pool_ag, pool_sp=pool_sp, recent=recent):
+    state = dict(model=model, optimizer=optimizer, others=others, pool_ag=pool_ag, pool_sp=pool_sp,
+                 recent=recent)
+    for step, batch in run.steps("head", args.steps, Views(images) if two_views else images, **state):
         both = features(batch["image"], batch["index"])
-        feats, near = both[:, :D], both[:, D:]                                               # (B,D,h,w), (B,9,h,w)
+        feats, near = both[:, :D], both[:, D:]                                          # (B,D,h,w), (B,9,h,w)
         feats_view = view_features(batch["view"]) if two_views else None
         run.mark("backbone")
         code = model.head(feats)                                                             # (B,K,h,w)
@@ -380,31 +381,31 @@ def train(args):
         else:
             with torch.no_grad():
                 f = common.gather(F.normalize(tokens(drop(feats)), dim=1))                   # (world*M,D)
-                slow = common.gather(F.normalize(tokens(drop(model.momentum(feats))), dim=1))   # (world*M,K)
+                slow = common.gather(F.normalize(tokens(drop(model.momentum(feats))), dim=1))
                 limits_ag, limits_sp = thresholds(f, pool_ag), thresholds(slow, pool_sp)
 
-            def masks(b, c):                                      # without lambda the task-specific ones are not needed
+            def masks(b, c):                      # the task-specific ones only where they count
                 return (compare(f, limits_ag, b, c, args.symmetric),
                         compare(slow, limits_sp, b, c, args.symmetric) if lam else None)
-            N, images_here = len(z) // len(feats), range(run.rank * len(feats), (run.rank + 1) * len(feats))
-            negatives = torch.rand(N, len(f), device=run.device) < args.rho
-            z = common.gather(z)
-            if args.local == "gradient":                          # Phi of z and Psi of z_mix, eq. 10
-                z_mix = common.gather(model.project(drop(mix(code, near))))
-                contrast = Contrast.apply(masks, negatives, images_here, lam, args.tau, args.reweight, z, z_mix)
-            else:
-                contrast = Contrast.apply(masks, negatives, images_here, lam, args.tau, args.reweight, z)
+            own = range(run.rank * len(feats), (run.rank + 1) * len(feats))
+            negatives = torch.rand(len(z) // len(feats), len(f), device=run.device) < args.rho
+            embeddings = [common.gather(z)]
+            if args.local == "gradient":                           # Phi of z and Psi of z_mix, eq. 10
+                embeddings.append(common.gather(model.project(drop(mix(code, near)))))
+            contrast = Contrast.apply(masks, negatives, own, lam, args.tau, args.reweight, *embeddings)
             if args.local == "loss":
-                contrast = (contrast + propagated_loss(z, near, masks, negatives, images_here, lam, args.tau)) / 2
-        loss = contrast
-        if args.consistency and not args.naive:                   # eq. 11: R
-            distance = consistency_loss(model.project(code), z_view)
-            loss = loss + args.consistency * distance
+                spread = propagated_loss(embeddings[0], near, masks, negatives, own, lam, args.tau)
+                contrast = (contrast + spread) / 2
+        distance = consistency_loss(z, z_view) if two_views else 0 * contrast                # R
+        loss = contrast + args.consistency * distance * (not args.naive)                     # eq. 11
         run.mark("head and loss")
         cluster, _ = model.cluster(code)
-        linear = eval.linear_loss(model.linear(code.detach()), batch["label"]) if model.linear else loss.new_zeros(())
+        linear = 0 * cluster
+        if model.linear:
+            linear = eval.linear_loss(model.linear(code.detach()), batch["label"])
         run.mark("probes")
-        if not run.finite(batch, loss=loss, contrast=contrast, cluster=cluster, linear=linear):
+        if not run.finite(batch, loss=loss, contrast=contrast, consistency=distance, cluster=cluster,
+                          linear=linear):
             continue
         optimizer.zero_grad(set_to_none=True)
         others.zero_grad(set_to_none=True)
@@ -425,49 +426,50 @@ def train(args):
 
 # ---------------------------------------------------------------- command line
 
-PRESETS = {      # steps = epochs * images * crops / batch; COCO 3, Cityscapes 30 (paper: 20), Potsdam 10 epochs
-    "default": dict(size=224, eval_size=320, five_crop=False, steps=3000, batch_size=64, lr=5e-4, weight_decay=0.1,
-                    code_dim=512, tau=0.6, consistency=0.05, rho=0.02, pool=2048, renew=100, warmup=100, momentum=0.99,
-                    probe="online"),
-    "scenes": dict(size=96, eval_size=96, steps=300, batch_size=16, code_dim=64, pool=512, renew=20, warmup=50,
-                   probe="kmeans"),
-    "camvid": dict(five_crop=True, eval_size=336, steps=600, batch_size=16, code_dim=256, consistency=0.0, renew=20,
+# Steps = epochs * images * crops / batch: COCO 3, Cityscapes 30 (paper: 20), Potsdam 10 epochs.
+PRESETS = {
+    "default": dict(size=224, eval_size=320, five_crop=False, steps=3000, batch_size=64, lr=5e-4,
+                    weight_decay=0.1, code_dim=512, tau=0.6, consistency=0.05, rho=0.02, pool=2048,
+                    renew=100, warmup=100, momentum=0.99, probe="online"),
+    "folder": dict(steps=1000, batch_size=16, probe="kmeans"),
+    "scenes": dict(size=96, eval_size=96, steps=150, batch_size=16, code_dim=64, pool=512, renew=20,
+                   warmup=50, probe="kmeans"),
+    "camvid": dict(eval_size=336, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024, renew=20,
                    warmup=50, probe="kmeans"),
     "coco27": dict(five_crop=True, steps=11631, tau=0.8, warmup=1000),
     "coco27/vits16": dict(code_dim=256),
     "cityscapes27": dict(five_crop=True, steps=6960, renew=20, warmup=50, momentum=0.999),
-    "potsdam3": dict(steps=710, tau=0.4, consistency=0.0, rho=1.0, pool=1024, renew=20, momentum=0.999, code_dim=256),
+    "potsdam3": dict(steps=710, tau=0.4, consistency=0.0, rho=1.0, pool=1024, renew=20, momentum=0.999,
+                     code_dim=256),
     "smoke": dict(steps=10, batch_size=4, pool=64, renew=5, warmup=2, code_dim=32),
 }
 
 
 def arguments():
-    p = common.parser(__doc__)
+    p, switch = common.parser(__doc__), common.argparse.BooleanOptionalAction
     g = p.add_argument_group("HP")
-    g.add_argument("--five-crop", action=argparse.BooleanOptionalAction, help="train on five half-size crops of each image")
     g.add_argument("--eval-size", type=common.whole(8), metavar="PIXELS", help="image side for scoring")
     g.add_argument("--code-dim", type=common.whole(1), help="width K of the code")
-    g.add_argument("--tau", type=float, help="temperature; lower separates harder: COCO 0.8, Cityscapes 0.6, Potsdam 0.4")
-    g.add_argument("--rho", type=float, help="share of all patches that serve as negatives; 1 where there are few classes")
-    g.add_argument("--pool", type=common.whole(1), help="patches in a reference pool; more means fewer, surer positives")
+    g.add_argument("--tau", type=float, help="temperature; lower separates harder")
+    g.add_argument("--rho", type=float, help="share of patches that are negatives; 1 where classes are few")
+    g.add_argument("--pool", type=common.whole(1), help="patches in a pool; more: fewer but surer positives")
     g.add_argument("--renew", type=common.whole(1), help="steps between renewals of the task-specific pool")
     g.add_argument("--warmup", type=common.whole(0), help="steps without task-specific positives")
-    g.add_argument("--momentum", type=float, help="how slowly the momentum head follows: 0.99, long runs 0.999")
-    g.add_argument("--consistency", type=float, help="weight of the distance between two views; 0 = row (f) of table 4 and "
-                   "half the time of a step")
+    g.add_argument("--momentum", type=float, help="how slowly the momentum head follows; long runs 0.999")
+    g.add_argument("--consistency", type=float, help="weight of the distance between two views; 0 is row (f) "
+                   "of table 4 and saves half of the backbone's work")
     g.add_argument("--weight-decay", type=float, help="AdamW's, on the head")
-    g.add_argument("--probe", choices=["online", "kmeans"], help="cluster centres: learned beside the head as published, or "
-                   "K-means on the final codes of the train split, which keeps small classes")
-    g = p.add_argument_group("ablations of the paper")
-    g.add_argument("--local", choices=["gradient", "loss", "none"], default="gradient", help="local hidden positives: by "
-                   "mixing codes; by loss propagation (table 5, three times slower); none (table 4, rows b and d)")
-    g.add_argument("--task-specific", action=argparse.BooleanOptionalAction, default=True,
-                   help="positives by the momentum head's codes; --no-task-specific is row (c)")
-    g.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True,
-                   help="two patches are positives of each other if either says so; --no-symmetric is row (e)")
-    g.add_argument("--reweight", action=argparse.BooleanOptionalAction, default=True,
-                   help="anchors count by their number of positives, as in the published code")
-    g.add_argument("--naive", action="store_true", help="row (g): plain contrast of two views, no hidden positives")
+    g.add_argument("--probe", choices=["online", "kmeans"], help="cluster centres: learned beside the head "
+                   "as published, or K-means on the final codes of the train split: keeps small classes")
+    g = p.add_argument_group("ablations of tables 4 and 5")
+    g.add_argument("--five-crop", action=switch, help="train on five half-size crops of each image")
+    g.add_argument("--local", choices=["gradient", "loss", "none"], default="gradient", help="local ones: "
+                   "by mixing codes; by loss propagation (table 5, slow); none (table 4, rows b and d)")
+    g.add_argument("--task-specific", action=switch, default=True, help="positives by codes; off is row (c)")
+    g.add_argument("--symmetric", action=switch, default=True, help="patches are positives of each other if "
+                   "either says so; off is row (e)")
+    g.add_argument("--reweight", action=switch, default=True, help="anchors count by their positives")
+    g.add_argument("--naive", action="store_true", help="row (g): plain contrast of two views")
     return p
 
 

@@ -6,7 +6,7 @@ of its 7 nearest neighbours, and from random other images. K-means on the codes 
 probe is trained beside. No label reaches head or clusters.
 
     python stego.py                                                # drawn scenes, no download, about a minute
-    python stego.py --data coco27 --root data/cocostuff --arch vitb8   # paper: 26.8 mIoU, no CRF; not run here
+    python stego.py --data coco27 --root data/cocostuff --arch vitb8  # paper: 26.8 mIoU, no CRF; not run here
     python stego.py --data photos/ --arch vits8                    # your own pictures: the shifts are found
     python stego.py --plot-correspondence one.jpg two.jpg --arch vits8                 # figure 2 of the paper
 """
@@ -367,25 +367,25 @@ def arguments():
     g.add_argument("--points", type=common.whole(1), help="S: codes are compared at S x S random points")
     g.add_argument("--negatives", type=common.whole(1), help="random partners of an image in a step")
     g.add_argument("--probe-lr", type=float, help="learning rate of both probes")
-    g.add_argument("--probe", choices=["online", "kmeans"], help="cluster centres: learned beside the head as "
-                   "published, or K-means on the final codes of the train split, which keeps small classes")
-    g.add_argument("--auto-shift", action=switch, help="find the three shifts from the data; for data without "
-                   "a preset, where a wrong shift can put everything into one cluster")
+    g.add_argument("--probe", choices=["online", "kmeans"], help="cluster centres: learned beside the head "
+                   "as published, or K-means on the final codes of the train split: keeps small classes")
+    g.add_argument("--auto-shift", action=switch, help="find the three shifts from the data; where there "
+                   "is no preset, where a wrong shift can put everything into one cluster")
     g.add_argument("--target-knn", type=float, help="mean code cosine of neighbours --auto-shift steers to")
     g.add_argument("--target-rand", type=float, help="likewise of random pairs")
     for name, what in (("self", "an image with itself"), ("knn", "neighbours"), ("rand", "random pairs")):
         g.add_argument(f"--shift-{name}", type=float, metavar="B", help=f"b of {what}: higher pushes more of "
                        "them apart; too low merges clusters")
-        g.add_argument(f"--weight-{name}", type=float, metavar="X", help=f"lambda of {what}; 0 drops the term")
-    g.add_argument("--crf-weight", type=float, default=0.0, metavar="X", help="weight of the CRF term of A.9, "
+        g.add_argument(f"--weight-{name}", type=float, metavar="X", help=f"lambda of {what}; 0 drops it")
+    g.add_argument("--crf-weight", type=float, default=0.0, metavar="X", help="weight of the CRF term (A.9), "
                    "which ties codes to colour edges; 0 in the paper, where it did not help")
     g.add_argument("--plot-correspondence", nargs="+", metavar="IMAGE", help="only draw figure 2 for these")
     g = p.add_argument_group("ablations of tables 2 and 5")
     g.add_argument("--five-crop", action=switch, help="train on five half-size crops of each image: finer "
                    "detail and five times as many neighbours")
-    g.add_argument("--zero-clamp", action=switch, default=True, help="orthogonal codes are pushed no further; "
+    g.add_argument("--zero-clamp", action=switch, default=True, help="orthogonal codes stay as they are; "
                    "without it training is unstable")
-    g.add_argument("--centering", action=switch, default=True, help="spatial centring (eq. 3), for small things")
+    g.add_argument("--centering", action=switch, default=True, help="spatial centring, eq. 3")
     g.add_argument("--stabilize", action="store_true", help="codes closer than 0.8 are pulled no further")
     return p
 
