@@ -434,7 +434,7 @@ PRESETS = {
     "folder": dict(steps=1000, batch_size=16, probe="kmeans"),
     "scenes": dict(size=96, eval_size=96, steps=150, batch_size=16, code_dim=64, pool=512, renew=20,
                    warmup=50, probe="kmeans"),
-    "camvid": dict(eval_size=336, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024, renew=20,
+    "camvid": dict(eval_size=224, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024, renew=20,
                    warmup=50, probe="kmeans"),
     "coco27": dict(five_crop=True, steps=11631, tau=0.8, warmup=1000),
     "coco27/vits16": dict(code_dim=256),

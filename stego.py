@@ -345,7 +345,7 @@ PRESETS = {
                     weight_self=0.67, weight_knn=0.25, weight_rand=0.63),
     "folder": dict(steps=1000, probe="kmeans"),
     "scenes": dict(size=96, eval_size=96, steps=200, points=7, probe="kmeans", auto_shift=False),
-    "camvid": dict(eval_size=336, steps=300, probe="kmeans", auto_shift=False),
+    "camvid": dict(eval_size=224, steps=300, probe="kmeans", auto_shift=False),
     "coco27": dict(five_crop=True, auto_shift=False, shift_self=0.08, shift_knn=0.02, shift_rand=0.66),
     "coco27/vitb": dict(shift_self=0.12, shift_knn=0.2, shift_rand=1.0,
                         weight_self=0.1, weight_knn=1.0, weight_rand=0.1538476246),
