@@ -123,7 +123,8 @@ class Model(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.backbone = common.load_backbone(args.arch, args.weights, args.depth)
+        heads = getattr(args, "heads", None)                      # the authors' heads saw a ViT-S with 12
+        self.backbone = common.load_backbone(args.arch, args.weights, args.depth, heads)
         D, r = self.backbone.dim, args.code_dim
         self.codebook = nn.Parameter(torch.empty(args.codes, D).uniform_(-1 / args.codes, 1 / args.codes))
         queries = (args.size // self.backbone.patch) ** 2
