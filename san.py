@@ -9,10 +9,10 @@ line marked [1] to [18] says what is open and what was taken.
     python san.py                                             # generated scenes, no download, under a minute
     python san.py --data camvid --root data/camvid
     python san.py --data coco15 --root data/cocostuff         # paper: accuracy 55.7 %, not run here
-    python san.py --no-reconstruction                         # Table 5, first row: without it little is learned
+    python san.py --no-reconstruction                         # Table 5, first row: little is learned
     python eval.py runs/san-scenes-scratch-0 --images photos --out segmented
 
-The first gives accuracy 76.4 +- 1.0 %, mIoU 54.2 +- 1.1 % (seeds 0, 1, 2; 40 s on one CPU thread, torch 2.15),
+The first gives accuracy 76.4 +- 1.0 %, mIoU 54.2 +- 1.1 % (seeds 0, 1, 2; 40 s on one thread, torch 2.15),
 K-means on average patch colours 72.0 % and 51.4 %; the fourth 49.4 % and 25.8 % (seed 0).
 """
 import common                                              # first: it answers --help before torch is loaded
