@@ -1,8 +1,9 @@
 """All tests: `python test_all.py`, or `python test_all.py -k NAME [NAME]` for those whose name contains NAME.
 
-They run on a CPU without any download in under four minutes; `-k stress` runs the long ones (kills, odd files, several
-processes; about 15 minutes), which are left out otherwise. Reference numbers of the published implementations are not
-part of the repository: USS_GOLDEN=DIR names a folder of them, and the tests that compare with them skip without it.
+They run on a CPU without any download in under four minutes; `-k stress` runs the long ones (kills, odd
+files, several processes; about 15 minutes), which are left out otherwise. Reference numbers of the published
+implementations are not part of the repository: USS_GOLDEN=DIR names a folder of them, and the tests that
+compare with them skip without it.
 """
 
 import argparse
@@ -574,7 +575,8 @@ def test_backbones_refuse():
 
 
 def test_backbones_inert_objects():
-    """Lightning's and OmegaConf's objects, as in the authors' STEGO files, are read over without their packages."""
+    """Lightning's and OmegaConf's objects, as in the authors' STEGO files, are read over without their
+    packages."""
     module = types.ModuleType("omegaconf.dictconfig")
     module.DictConfig = type("DictConfig", (), {"__module__": module.__name__, "__qualname__": "DictConfig"})
     config = module.DictConfig()
@@ -643,7 +645,8 @@ def test_backbones_frozen():
 
 
 def test_backbones_dct8():
-    """The waves are orthonormal; one image's features do not depend on the others; brightness moves the colour alone."""
+    """The waves are orthonormal; one image's features do not depend on the others; brightness moves the
+    colour alone."""
     dct, image = common.load_backbone("dct8"), hashed_image(64, 64)
     waves = dct.basis.flatten(1)
     close(waves @ waves.T, torch.eye(64), 1e-5)
@@ -658,7 +661,8 @@ def test_backbones_dct8():
 
 @contextlib.contextmanager
 def server(files, cut=None):
-    """http://127.0.0.1:PORT with ranges; cut = bytes after which an answer breaks off. Yields (address, requests)."""
+    """http://127.0.0.1:PORT with ranges; cut = bytes after which an answer breaks off. Yields (address,
+    requests)."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -1280,7 +1284,8 @@ def random_maps(generator, low, high, *shape):
 
 
 def test_eval_metric_against_brute_force():
-    """1,000 cases: ignored labels, absent classes, extra and missing clusters, empty images, all matchings tried."""
+    """1,000 cases: ignored labels, absent classes, extra and missing clusters, empty images, all matchings
+    tried."""
     from itertools import permutations
 
     generator = torch.Generator().manual_seed(0)
@@ -1392,7 +1397,8 @@ def test_eval_probes_golden():
 
 
 def test_eval_prediction_is_upsample_then_probe():
-    """The score maps are upsampled instead of the code: the same arg-max, at any size, with padding, in chunks."""
+    """The score maps are upsampled instead of the code: the same arg-max, at any size, with padding, in
+    chunks."""
     torch.manual_seed(0)
     encoder = torch.nn.Conv2d(3, 16, 8, 8)
     model = eval_.Clustered(encoder, 8, torch.randn(9, 16))
@@ -1697,7 +1703,8 @@ def test_eval_precision_recall():
 
 
 def test_eval_colours_and_legend():
-    """27 colours that differ, also from black and white; names in the legend side by side, not over each other."""
+    """27 colours that differ, also from black and white; names in the legend side by side, not over each
+    other."""
     lab = eval_.to_lab(np.concatenate([eval_.distinct(27), [[0, 0, 0], [255, 255, 255]]]).astype(float))
     gaps = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(29)
     assert gaps.min() > 20, gaps.min()
@@ -1715,9 +1722,10 @@ def test_eval_processes_count_alike():
     with tempfile.TemporaryDirectory() as tmp:
         tiny_run(Path(tmp) / "run")
         script = (
-            "import sys, torch, common, data, eval; device = common.start_processes('cpu'); model = eval.load_run(sys.argv[1])[0];"
-            "val = data.load('scenes', None, 'val', size=96); r = eval.evaluate(model, val, device, batch_size=8);"
-            "torch.save({k: r[k] for k in ('cluster', 'linear')}, sys.argv[2] + str(common.rank())); torch.distributed.destroy_process_group()"
+            "import sys, torch, common, data, eval; device = common.start_processes('cpu'); model = "
+            "eval.load_run(sys.argv[1])[0];val = data.load('scenes', None, 'val', size=96); r = "
+            "eval.evaluate(model, val, device, batch_size=8);torch.save({k: r[k] for k in ('cluster', "
+                  "'linear')}, sys.argv[2] + str(common.rank())); torch.distributed.destroy_process_group()"
         )
         environment = {
             **os.environ,
@@ -2270,7 +2278,8 @@ def vice_args(*options):
 
 
 def slic_by_loop(image, S, ruler=10, iterations=5):
-    """The same, seed by seed, as OpenCV does it: windows in index order, a strictly smaller distance takes the pixel."""
+    """The same, seed by seed, as OpenCV does it: windows in index order, a strictly smaller distance takes
+    the pixel."""
     pixels = vice.blur(image[..., ::-1], 84, 88).astype(np.float32)
     (H, W, _), (colour, centre) = pixels.shape, vice.seeds(pixels, S)
     yy, xx = np.mgrid[:H, :W].astype(np.float32)
@@ -2706,7 +2715,8 @@ def test_san_two_processes_equal_one():
         assert np.allclose(buffers[name], x, atol=1e-10), name
 
 
-# ---------------------------------------------------------------- runs: resume, determinism, labels, bad input
+# ---------------------------------------------------------------- runs: resume, determinism, labels, bad
+# input
 
 METHODS = {"stego": stego, "hp": hp, "cause": cause, "vice": vice, "san": san}
 
@@ -2812,7 +2822,8 @@ class Killed(BaseException):
 
 
 def resumes_bit_for_bit(method, saves, *options):
-    """A run that dies right after its n-th checkpoint, for each n of `saves`, resumed: same weights, same scores."""
+    """A run that dies right after its n-th checkpoint, for each n of `saves`, resumed: same weights, same
+    scores."""
     with folder() as tmp:
         options = ["--smoke", "--save-every", 3, *options]
         code, text = run(method, *options, "--out", tmp / "whole")
@@ -3099,7 +3110,8 @@ def start(method, *options):
 
 
 def test_stress_killed_at_twenty_random_moments():
-    """SIGKILL at random moments, checkpoints at every step, resumed until done: the weights of the uninterrupted run."""
+    """SIGKILL at random moments, checkpoints at every step, resumed until done: the weights of the
+    uninterrupted run."""
     options = [
         "--smoke",
         "--steps",
@@ -3140,8 +3152,9 @@ def test_stress_killed_at_twenty_random_moments():
 def test_stress_fifty_kills_while_saving():
     code = (
         "import common, itertools, sys, torch; from pathlib import Path\n"
-        "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'model': torch.full((500000,), i), "
-        "'phase': 0, 'step': i, 'state': {}, 'rng': []}, Path(sys.argv[1]) / 'last.pt')"
+        "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'model': "
+        "torch.full((500000,), i), 'phase': 0, 'step': i, 'state': {}, 'rng': []}, Path(sys.argv[1]) / "
+            "'last.pt')"
     )
     rng = np.random.RandomState(1)
     with folder() as tmp:
@@ -3172,7 +3185,8 @@ def test_stress_signals_finish_the_step_and_say_how_to_resume():
 
 
 def test_stress_two_and_four_processes_equal_one():
-    """torchrun with gloo against one process with the same global batch: |difference| / |weights| below 1e-5."""
+    """torchrun with gloo against one process with the same global batch: |difference| / |weights| below
+    1e-5."""
     with folder() as tmp:
         for method in METHODS:
             for n in (1, 2, 4):
@@ -3264,7 +3278,8 @@ def test_readme_example_of_an_own_method_runs_as_it_stands():
 
 
 def test_files_keep_to_the_rules():
-    """No line over 110 columns, no third-party import beyond the requirements, no unsafe load, sections in one order."""
+    """No line over 110 columns, no third-party import beyond the requirements, no unsafe load, sections in
+    one order."""
     allowed = {"torch", "torchvision", "numpy", "scipy", "PIL", "tqdm"} | sys.stdlib_module_names
     ours = {p.stem for p in HERE.glob("*.py")}
     for path in sorted(HERE.glob("*.py")):
@@ -3319,7 +3334,8 @@ def main():
     result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(unittest.TestSuite(tests))
     failed = len(result.failures) + len(result.errors)
     print(
-        f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} skipped"
+        f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} "
+          "skipped"
     )
     sys.exit(failed > 0 or not tests)
 

@@ -10,10 +10,10 @@ on its embeddings. No label reaches the CNN, and with --weights none nothing is 
     python vice.py --data camvid --root data/camvid --weights resnet18.pth
     python vice.py --data coco27 --root data/cocostuff    # paper: 12 to 25 mIoU, not run here
 
-Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network untrained). Scenes, seeds
-0 to 2: clusters 36.5 +- 4.2 (before 21.1), linear model 68.7 +- 2.5 (before 61.7). CamVid, three stages of an
-ImageNet-supervised ResNet-18, seed 0, three minutes: clusters 22.1 (before 17.3), linear model 32.7 (before
-38.1: so short a training costs what ImageNet's labels had taught).
+Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network untrained). Scenes,
+seeds 0 to 2: clusters 36.5 +- 4.2 (before 21.1), linear model 68.7 +- 2.5 (before 61.7). CamVid, three stages
+of an ImageNet-supervised ResNet-18, seed 0, three minutes: clusters 22.1 (before 17.3), linear model 32.7
+(before 38.1: so short a training costs what ImageNet's labels had taught).
 """
 import common  # isort: skip  (first: it answers --help before torch is loaded)
 
