@@ -10,7 +10,7 @@ on its embeddings. No label reaches the CNN, and with --weights none nothing is 
     python vice.py --data camvid --root data/camvid --weights resnet18.pth
     python vice.py --data coco27 --root data/cocostuff    # paper: 12 to 25 mIoU, not run here
 
-Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network untrained). Scenes,
+Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network, untrained). Scenes,
 seeds 0 to 2: clusters 36.5 +- 4.2 (before 21.1), linear model 68.7 +- 2.5 (before 61.7). CamVid, three stages
 of an ImageNet-supervised ResNet-18, seed 0, three minutes: clusters 22.1 (before 17.3), linear model 32.7
 (before 38.1: so short a training costs what ImageNet's labels had taught).
@@ -685,7 +685,8 @@ PRESETS = {      # lr: published 0.0025 x images per step, for thousands of step
         lr=0.5, filters=45, probe_images=128, probe_pixels=160, probe_steps=1000),
     "camvid/resnet50": dict(steps=80, batch_size=6),
     "camvid+none": dict(lr=1.5),
-    "smoke": dict(steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20, probe_steps=10),
+    "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20,
+                  probe_steps=10),
 }
 
 
