@@ -432,8 +432,9 @@ PRESETS = {
                     weight_decay=0.1, code_dim=512, tau=0.6, consistency=0.05, rho=0.02, pool=2048,
                     renew=100, warmup=100, momentum=0.99, probe="online"),
     "folder": dict(steps=1000, batch_size=16, probe="kmeans"),
-    "scenes": dict(size=96, eval_size=96, steps=150, batch_size=16, code_dim=64, pool=512, renew=20,
-                   warmup=50, probe="kmeans"),
+    # a large pool asks for closer positives; lambda stays 0: few steps leave the codes no better than the features
+    "scenes": dict(size=96, eval_size=96, steps=300, batch_size=4, lr=1e-2, code_dim=64, consistency=0.0,
+                   pool=4096, renew=20, warmup=300, probe="kmeans"),
     "camvid": dict(eval_size=224, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024, renew=20,
                    warmup=50, probe="kmeans"),
     "coco27": dict(five_crop=True, steps=11631, tau=0.8, warmup=1000),
