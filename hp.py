@@ -432,7 +432,7 @@ PRESETS = {
                     weight_decay=0.1, code_dim=512, tau=0.6, consistency=0.05, rho=0.02, pool=2048,
                     renew=100, warmup=100, momentum=0.99, probe="online"),
     "folder": dict(steps=1000, batch_size=16, probe="kmeans"),
-    # a large pool asks for closer positives; lambda stays 0: few steps leave the codes no better than the features
+    # a large pool asks for closer positives; lambda stays 0, since few steps leave no codes worth following
     "scenes": dict(size=96, eval_size=96, steps=300, batch_size=4, lr=1e-2, code_dim=64, consistency=0.0,
                    pool=4096, renew=20, warmup=300, probe="kmeans"),
     "camvid": dict(eval_size=224, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024, renew=20,

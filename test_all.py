@@ -3229,7 +3229,8 @@ def commands():
     texts += [module.__doc__ for module in (*METHODS.values(), data, eval_, crf)]
     found = [m for text in texts for m in re.findall(r"python (\w+)\.py([^`|\n#&]*)", text)]
     rest_of = [(name, re.split(r"\s{2,}", rest.strip())[0]) for name, rest in found]  # a remark may follow
-    return [(name, shlex.split(rest.replace("...", ""))) for name, rest in rest_of if name not in ("mine", "METHOD")]
+    rest_of = [(name, rest) for name, rest in rest_of if name not in ("mine", "METHOD")]
+    return [(name, shlex.split(rest.replace("...", ""))) for name, rest in rest_of]
 
 
 def test_readme_commands_have_real_options():

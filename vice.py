@@ -685,7 +685,8 @@ PRESETS = {      # lr: published 0.0025 x images per step, for thousands of step
         lr=0.5, filters=45, probe_images=128, probe_pixels=160, probe_steps=1000),
     "camvid/resnet50": dict(steps=80, batch_size=6),
     "camvid+none": dict(lr=1.5),
-    "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3, probe_images=20,
+    "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
+                  probe_images=20,
                   probe_steps=10),
 }
 
