@@ -535,8 +535,8 @@ class Run:
         --cache-features."""
         patch = getattr(backbone, "patch", getattr(getattr(backbone, "backbone", None), "patch", 1))
         if getattr(dataset, "size", 0) % patch:
-            raise ValueError(f"an image of {dataset.size} pixels does not divide into patches of {patch}; take "
-                             f"a multiple of {patch} for --size")
+            raise ValueError(f"an image of {dataset.size} pixels does not divide into patches of {patch}; "
+                             f"take a multiple of {patch} for --size")
         if self.args.compile:
             backbone = torch.compile(backbone)
         if self.args.cache_features and not self.args.bench:
