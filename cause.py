@@ -403,11 +403,12 @@ def train(args):
     model = Model(args).to(run.device).train()
 
     # 1. the codebook: communities of patches within each image
-    features = run.features(model.backbone, wide)
+    features = run.features(model.backbone, images)
+    wide_features = features if wide is images else run.features(model.backbone, wide)
     optimizer = torch.optim.Adam([model.codebook], args.lr)
     for step, batch in run.steps("codebook", args.codebook_steps, wide, model=model,
                                  codebook_optimizer=optimizer):
-        feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
+        feats = wide_features(batch["image"], batch["index"])                                  # (B,D,h,w)
         run.mark("backbone")
         tokens = take(feats.flatten(2).mT, grid_choice(len(feats), *feats.shape[2:], args.window, run.device))
         loss = modularity_loss(tokens, model.codebook, form=args.form)
@@ -422,7 +423,6 @@ def train(args):
     model.codebook.requires_grad_(False)
 
     # 2. the head: concept-wise contrast between student, teacher and bank
-    features = features if wide is images else run.features(model.backbone, images)
     unit = F.normalize(model.codebook, dim=-1)
     similarity = unit @ unit.T                                                                 # (K,K)
     bank = Bank(args.codes, args.bank_slots, args.projection_dim).to(run.device)
@@ -435,7 +435,7 @@ def train(args):
     linear_state = {"linear_optimizer": linear_optimizer} if model.linear else {}
     for step, batch in run.steps("head", args.steps, images, model=model, bank=bank, optimizer=optimizer,
                                  **linear_state):
-        feats = features(batch.get("image"), batch["index"])                                   # (B,D,h,w)
+        feats = features(batch["image"], batch["index"])                                   # (B,D,h,w)
         run.mark("backbone")
         grid, tokens = tuple(feats.shape[2:]), feats.flatten(2).mT                             # (B,N,D)
         index = grid_choice(len(feats), *grid, args.window, run.device)                              # (B,n)
@@ -481,7 +481,7 @@ def train(args):
     cluster_optimizer = torch.optim.Adam(model.cluster.parameters(), args.probe_lr)
     for step, batch in run.steps("probe", args.probe_steps, images, model=model,
                                  cluster_optimizer=cluster_optimizer, **linear_state):
-        feats = features(batch.get("image"), batch["index"])
+        feats = features(batch["image"], batch["index"])
         run.mark("backbone")
         with torch.no_grad(), run.autocast():
             code = model.code(feats).float()                                                   # (B,r,h,w)

@@ -134,7 +134,10 @@ def read_args(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder}")
     try:
-        return json.loads((folder / "args.json").read_text())
+        saved = json.loads((folder / "args.json").read_text())
+        if not {"seed", "batch_size"} <= set(saved):
+            raise ValueError
+        return saved
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no args.json, so it is no run folder") from None
     except ValueError:
@@ -534,7 +537,7 @@ class Run:
         """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with
         --cache-features."""
         patch = getattr(backbone, "patch", getattr(getattr(backbone, "backbone", None), "patch", 1))
-        if getattr(dataset, "size", 0) % patch:
+        if (getattr(dataset, "size", None) or 0) % patch:
             raise ValueError(f"an image of {dataset.size} pixels does not divide into patches of {patch}; "
                              f"take a multiple of {patch} for --size")
         if self.args.compile:

@@ -2941,7 +2941,7 @@ def test_bad_input_is_one_line_and_exit_2():
         torch.save({"cls_token": torch.zeros(1, 1, 5)}, tmp / "weights.pth")
         (tmp / "done").mkdir()
         (tmp / "done" / "last.pt").write_bytes(b"")
-        (tmp / "done" / "args.json").write_text("{}")
+        (tmp / "done" / "args.json").write_text('{"seed": 0, "batch_size": 4}')
         cases = {
             ("--data", "scens"): "scenes",
             ("--arch", "vits18"): "vits1",
@@ -2976,7 +2976,7 @@ def test_bad_input_is_one_line_and_exit_2():
             assert not (tmp / "new").exists(), f"{options} left a run folder behind"
         assert (tmp / "done" / "last.pt").read_bytes() == b"" and (
             tmp / "done" / "args.json"
-        ).read_text() == "{}"
+        ).read_text() == '{"seed": 0, "batch_size": 4}'
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_term_and_the_files():
