@@ -9,7 +9,6 @@ import ast
 import collections
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import http.client
 import io
@@ -536,10 +535,8 @@ class Run:
     def features(self, backbone, dataset):
         """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with
         --cache-features."""
-        patch = getattr(backbone, "patch", getattr(getattr(backbone, "backbone", None), "patch", 1))
-        if (getattr(dataset, "size", None) or 0) % patch:
-            raise ValueError(f"an image of {dataset.size} pixels does not divide into patches of {patch}; "
-                             f"take a multiple of {patch} for --size")
+        if dataset.size:                                          # refused before the run folder is made
+            getattr(backbone, "backbone", backbone).grid(torch.empty(0, 3, dataset.size, dataset.size))
         if self.args.compile:
             backbone = torch.compile(backbone)
         if self.args.cache_features and not self.args.bench:

@@ -23,7 +23,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -3316,10 +3315,6 @@ def test_copies_are_identical():
 
 
 # ---------------------------------------------------------------- runner
-
-
-class Stress(unittest.SkipTest):
-    pass
 
 
 def main():
