@@ -84,14 +84,20 @@ class TRHead(nn.Module):
         table = self.query_pos.T.reshape(1, -1, side, side)
         return F.interpolate(table, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
 
-    def forward(self, feats, codes, grid=None):
+    def forward(self, feats, codes, grid=None, index=None):
+        """index (B,n): only these tokens are queries, (B,n,K): the same numbers for a part of the work, since
+        a token's code depends on the other tokens as keys and values alone."""
         def drop(x):
             return common.dropout(x, 0.1, self.training)
-        p = self.positions(grid)                                                             # (N,D)
-        x = self.norm1(codes + drop(self.self_attn(codes + p, codes + p, codes)))            # (B,N,D)
-        x = self.norm2(x + drop(self.cross_attn(x + p, feats, feats)))
+
+        def queries(x):
+            return x if index is None else take(x, index)
+        p = self.positions(grid)[None].expand_as(codes)                                      # (B,N,D)
+        q = queries(p)
+        x = self.norm1(queries(codes) + drop(self.self_attn(queries(codes) + q, codes + p, codes)))
+        x = self.norm2(x + drop(self.cross_attn(x + q, feats, feats)))                       # (B,n,D)
         x = self.norm3(x + drop(self.linear2(drop(self.linear1(x).relu()))))
-        return self.out(feats + x)
+        return self.out(queries(feats) + x)
 
 
 def load_published_head(state_dict, head):
@@ -138,11 +144,13 @@ class Model(nn.Module):
         self.cluster = ClusterProbe(r, args.clusters)
         nn.init.uniform_(self.cluster.clusters, -1 / args.clusters, 1 / args.clusters)
 
-    def encode(self, head, tokens, grid):
-        """Tokens (B,N,D) of a grid (h,w), through student or teacher: (B,N,r)."""
+    def encode(self, head, tokens, grid, index=None):
+        """Tokens (B,N,D) of a grid (h,w), through student or teacher: (B,N,r); of those at index (B,n) alone:
+        (B,n,r)."""
         if isinstance(head, MLPHead):
-            return head(tokens)
-        return head(tokens, self.codebook.detach()[quantize(tokens, self.codebook)], grid)  # raw code vectors
+            return head(tokens if index is None else take(tokens, index))
+        codes = self.codebook.detach()[quantize(tokens, self.codebook)]                      # raw vectors
+        return head(tokens, codes, grid, index)
 
     def code(self, feats):
         """Features (B,D,h,w) -> the teacher's code (B,r,h,w)."""
@@ -266,6 +274,7 @@ class Bank(nn.Module):
     def __init__(self, codes, slots, width):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(codes, slots, width))
+        self.register_buffer("scale", torch.zeros(codes, slots))              # 1 / length; 0 in an empty slot
         self.register_buffer("added", torch.zeros(codes, dtype=torch.int64))  # tokens ever added to each code
 
     @torch.no_grad()
@@ -281,7 +290,8 @@ class Bank(nn.Module):
         half = (number // 2)[by_code]                             # a code seen once adds nothing
         kept = (at < half) & (at >= half - S)
         c, slot = by_code[kept], (self.added[by_code[kept]] + at[kept]) % S
-        self.vectors[c, slot] = projections[token[kept]].to(self.vectors.dtype)
+        self.vectors[c, slot] = projections[token[kept]]
+        self.scale[c, slot] = 1 / projections[token[kept]].norm(dim=-1).clamp(min=1e-12)
         self.added += number // 2
 
     @property
@@ -304,52 +314,52 @@ class Bank(nn.Module):
         linear, so its product with the bank folds: (y P + b) . v = (y, 1) . (P v, b v), of width r + 1
         instead of R.
         """
-        weight = torch.cat([projection.weight, projection.bias[:, None]], 1)                   # (R, r+1)
         length = F.linear(student_code, projection.weight, projection.bias).norm(dim=-1, keepdim=True)
         y = torch.cat([student_code, torch.ones_like(length)], -1) / length / tau              # (B,n,r+1)
-        valid = torch.arange(self.vectors.shape[1], device=codes.device) < self.count[:, None]  # (K,S)
-        scale = valid / self.vectors.norm(dim=-1).clamp(min=1e-12)
-        folded = (self.vectors.flatten(0, 1) @ weight.to(self.vectors.dtype)).to(y.dtype)      # (K*S,r+1)
-        folded = folded * scale.flatten()[:, None]
-        s = similarity[codes]  # (B,n,K): looked up
-        return _BankTerm.apply(y, folded, valid, s > positive, s < negative)
+        weight = torch.cat([projection.weight.T, projection.bias[None]])                       # (r+1,R)
+        spare = -len(weight) % 16                               # zeros: products of aligned rows are faster
+        folded = F.linear(self.vectors.flatten(0, 1), F.pad(weight, (0, 0, 0, spare)))         # (K*S,r+1)
+        folded = folded * self.scale.flatten()[:, None]
+        s = similarity[codes]                                                                  # looked up
+        return _BankTerm.apply(F.pad(y, (0, spare)), folded, self.scale > 0, s > positive, s < negative)
 
 
 class _BankTerm(torch.autograd.Function):
-    """Bank term of eq. 4, its gradient in closed form, so that no (B,n,K*S) tensor is kept for the backward
-    pass.
+    """Bank term of eq. 4 and its gradient in closed form: nothing of (B,n,K*S) is kept for the backward pass.
 
     An image's term is sum_i (P_i lse_i - sum_{j in pos_i} l_ij) / sum_i P_i, P_i the number of positives of
     anchor i, l = y folded^T; d term / d l_ij = (P_i softmax_ij - [j in pos_i]) / sum_i P_i. Keys of one code
-    share their masks, (n,K) instead of (n,K*S). y (B,n,r+1), folded (K*S,r+1), valid (K,S), positive and
-    negative (B,n,K) -> sum over images, their number.
+    share their masks, so these act on sums over a code's keys. A logit is at most 1 / tau = 14, so its exp
+    needs no maximum taken out first. y (B,n,r+1), folded (K*S,r+1), valid (K,S), positive and negative
+    (B,n,K) -> sum over images, their number.
     """
 
     @staticmethod
     def forward(ctx, y, folded, valid, positive, negative):
-        (K, S), count = valid.shape, valid.sum(1).to(y.dtype)
-        grad_y, grad_folded = torch.zeros_like(y), torch.zeros_like(folded)
+        (B, n, _), (K, S) = y.shape, valid.shape
+        by_code, count = folded.view(K, S, -1).sum(1), valid.sum(1).to(y.dtype)                # (K,r+1), (K,)
+        grad_y, grad_folded, grad_by_code = (torch.zeros_like(x) for x in (y, folded, by_code))
         total, images = y.new_zeros(()), y.new_zeros(())
-        hole = torch.zeros(K, S, device=y.device, dtype=y.dtype).masked_fill(~valid, float("-inf"))
-        with torch.autocast(y.device.type, enabled=False):
-            for b in range(len(y)):
-                pos = positive[b].to(y.dtype)                                                  # (n,K)
-                per_anchor = pos @ count                                                       # P_i
-                pairs = per_anchor.sum().clamp(min=1)
-                images += per_anchor.any()
-                ignored = torch.zeros_like(pos).masked_fill(~(positive[b] | negative[b]), float("-inf"))
-                logit = (y[b] @ folded.T).view(-1, K, S)
-                attracted = (logit.sum(-1) * pos).sum()  # empty slots are zero vectors and add nothing
-                logit.add_(hole).add_(ignored[..., None])
-                lse = logit.flatten(1).logsumexp(-1)
-                lse = lse.masked_fill(per_anchor == 0, 0)          # such an anchor may have no key at all
-                total += (per_anchor @ lse - attracted) / pairs
-                grad = logit.sub_(lse[:, None, None]).exp_().mul_((per_anchor / pairs)[:, None, None])
-                grad.sub_((pos / pairs)[..., None] * valid)
-                grad.masked_fill_((per_anchor == 0)[:, None, None], 0)
-                grad = grad.flatten(1)
-                grad_y[b] = grad @ folded
-                grad_folded.addmm_(grad.T, y[b])
+        step = max(1, 2 ** 25 // (n * K * S))                                                  # images at once
+        for b in range(0, B, step):
+            b = slice(b, b + step)
+            anchors, pos = y[b].flatten(0, 1), positive[b].flatten(0, 1).to(y.dtype)           # (m,.), m = b*n
+            kept = (positive | negative)[b].flatten(0, 1)                                      # (m,K)
+            per_anchor = pos @ count                                                           # P_i
+            per_image = per_anchor.view(-1, n).sum(1)
+            images += (per_image > 0).sum()
+            share = 1 / per_image.clamp(min=1).repeat_interleave(n)                            # (m,)
+            exp = (anchors @ folded.T).exp_().view(-1, K, S).mul_(valid)
+            Z = (exp.sum(-1) * kept).sum(-1)
+            Z = Z.where(per_anchor > 0, 1)                          # such an anchor may have no key at all
+            attracted = (anchors @ by_code.T * pos).sum(-1)
+            total += ((per_anchor * Z.log() - attracted) * share).sum()
+            grad = exp.mul_((kept * (per_anchor * share / Z)[:, None])[..., None]).flatten(1)  # (m,K*S)
+            pos *= share[:, None]
+            grad_y[b] = (grad @ folded - pos @ by_code).view_as(y[b])
+            grad_folded.addmm_(grad.T, anchors)
+            grad_by_code.addmm_(pos.T, anchors)
+        grad_folded.view(K, S, -1).sub_(grad_by_code[:, None])  # at empty slots too, which `scale` takes out
         ctx.save_for_backward(grad_y, grad_folded)
         ctx.mark_non_differentiable(images)
         return total, images
@@ -428,6 +438,7 @@ def train(args):
     bank = Bank(args.codes, args.bank_slots, args.projection_dim).to(run.device)
     if args.bench:  # a full bank is what a step costs most of the time
         bank.vectors.normal_()
+        bank.scale.fill_(args.projection_dim ** -0.5)
         bank.added.fill_(args.bank_slots)
     trained = [*model.student.parameters(), *model.projection.parameters()]
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay)
@@ -441,18 +452,11 @@ def train(args):
         index = grid_choice(len(feats), *grid, args.window, run.device)                              # (B,n)
         anchors = take(tokens, index)                                                          # (B,n,D)
         with run.autocast():
-            if args.head == "tr":  # attention needs all tokens; sample afterwards
-                student = take(model.encode(model.student, tokens, grid), index)               # (B,n,r)
-                with torch.no_grad():
-                    full = model.encode(model.teacher, tokens, grid)                           # (B,N,r)
-                    teacher = take(full, index)
-            else:                                                 # token by token: sample first, compute less
-                student = model.student(anchors)
-                with torch.no_grad():
-                    full, teacher = model.teacher(tokens), model.teacher(anchors)
+            student = model.encode(model.student, tokens, grid, index)                         # (B,n,r)
             projected = model.projection(student)                                              # (B,n,R)
             with torch.no_grad():
-                key = model.teacher_projection(teacher).float()
+                full = model.encode(model.teacher, tokens, grid)                               # (B,N,r)
+                key = model.teacher_projection(take(full, index)).float()
         codes = quantize(anchors, model.codebook)                                              # (B,n)
         now, images_now = batch_term(codes, projected.float(), key, similarity, 0.07, *args.thresholds)
         past, images_past = bank.loss(codes, student.float(), model.projection, similarity,

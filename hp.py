@@ -133,6 +133,7 @@ class Contrast(torch.autograd.Function):
     or without reweighting 1 / (number of anchors * W_i). So d loss / d z = (G + G^T) z / tau with
     G_ij = -tau/0.07 a_i (w_ij - W_i [j in D_i] exp(l_ij) / Z_i).
     l is symmetric, so a block serves its rows and its columns as anchors. First pass: W, Z, value; second: G.
+    exp l is kept between the passes for the first gigabyte of blocks, and computed again for the others.
     """
 
     @staticmethod
@@ -146,12 +147,14 @@ class Contrast(torch.autograd.Function):
         mine = [b.start // N in own for b in blocks]
         weight, any_ag = torch.zeros(M, device=device), torch.zeros(M, dtype=torch.bool, device=device)
         attracted, total = torch.zeros(2, E, M, device=device)
-        kept = []
+        scaled, kept, room = [z / tau for z in embeddings], [], 2 ** 30
 
         def sides(b, c, ag, sp, mutual):              # anchors b, then c: the axis of a sum, w, D
+            w = None
             for anchors, keys, axis in ((b, c, 1), (c, b, 0))[:1 + mutual]:
                 p = ag[1 - axis]
-                w = p.float() if sp is None else torch.add(p.float(), sp[1 - axis], alpha=lam)
+                if w is None or p is not ag[0]:                    # symmetric positives: the same w for both
+                    w = p.float() if sp is None else torch.add(p.float(), sp[1 - axis], alpha=lam)
                 random = negatives[:, keys].repeat((anchors.stop - anchors.start) // N, 1)
                 d = p | (random if axis else random.T)
                 yield anchors, axis, w, d.fill_diagonal_(False) if b == c else d
@@ -164,15 +167,17 @@ class Contrast(torch.autograd.Function):
                 if i == j:                                         # a patch is no key of itself
                     other = ~torch.eye(b.stop - b.start, dtype=torch.bool, device=device)
                     ag, sp = (x and [p & other for p in x] for x in (ag, sp))
-                kept.append((b, c, ag, sp, mine[j] and j > i))
-                logits = [z[b] @ z[c].T / tau for z in embeddings]
+                block = b, c, ag, sp, mine[j] and j > i
+                logits = [x[b] @ z[c].T for x, z in zip(scaled, embeddings)]
                 exps = [x.exp() for x in logits]
-                for anchors, axis, w, d in sides(*kept[-1]):
+                for anchors, axis, w, d in sides(*block):
                     weight[anchors] += w.sum(axis)
                     any_ag[anchors] |= ag[1 - axis].any(axis)
                     for e in range(E):
                         attracted[e, anchors] += (w * logits[e]).sum(axis)
-                        total[e, anchors] += (d * exps[e]).sum(axis)
+                        total[e, anchors] += exps[e].where(d, 0).sum(axis)
+                room -= 4 * E * exps[0].numel()
+                kept.append((block, exps if room > 0 else None))
 
         def per_image(x):                          # sum over an image's patches, at each of them
             return x.view(-1, N).sum(1).clamp(min=1e-12).repeat_interleave(N)
@@ -182,15 +187,18 @@ class Contrast(torch.autograd.Function):
         loss = (a * (attracted - weight * total.log())).sum()
         pull, push = a / tau, a * weight / total / tau                                       # (M,), (E,M)
         gradients = [torch.zeros_like(z) for z in embeddings]
-        for b, c, ag, sp, mutual in kept:
-            G, exps = [0] * E, [(z[b] @ z[c].T / tau).exp_() for z in embeddings]
-            for anchors, axis, w, d in sides(b, c, ag, sp, mutual):
-                w = w * pull[anchors].unsqueeze(axis)
+        while kept:
+            (b, c, *more), exps = kept.pop()
+            exps = exps or [(x[b] @ z[c].T).exp_() for x, z in zip(scaled, embeddings)]
+            attract, repel = 0, [0] * E                    # G = w * pull - D * push * exp l, of both sides
+            for anchors, axis, w, d in sides(b, c, *more):
+                attract = w * pull[anchors].unsqueeze(axis) + attract
                 for e in range(E):
-                    G[e] = G[e] + w - d * exps[e] * push[e, anchors].unsqueeze(axis)
-            for z, g, gradient in zip(embeddings, G, gradients):
-                gradient[b] += g @ z[c]
-                gradient[c] += g.T @ z[b]
+                    repel[e] = push[e, anchors].unsqueeze(axis).where(d, 0) + repel[e]
+            for e, z in enumerate(embeddings):
+                G = torch.addcmul(attract, repel[e], exps[e], value=-1)
+                gradients[e][b] += G @ z[c]
+                gradients[e][c] += G.T @ z[b]
         ctx.save_for_backward(*gradients)
         return loss
 

@@ -2082,6 +2082,9 @@ def test_cause_heads_equal_the_published_ones():
                 book = torch.tensor(z["codebook"])
                 codes = (book[cause.quantize(feat, book)],)
             close(head(feat, *codes), z[name], 2e-5)
+            if codes:  # some tokens as queries: the same numbers
+                some = torch.tensor([[3, 0, 2]]).repeat(len(feat), 1)
+                close(head(feat, *codes, index=some), z[name][:, [3, 0, 2]], 2e-5)
             if name == "head":
                 out = head(feat, *codes)
         close(
