@@ -388,7 +388,11 @@ def grid_choice(B, h, w, k, device=None):
 
 
 def grid_positions(inside, h, w, k):
-    """Choice (B,n) of 0..k*k-1 inside each window, windows row by row -> flat token index (B,n)."""
+    """Choice (B,n) of 0..k*k-1 inside each window, windows row by row -> flat token index (B,n).
+
+    >>> grid_positions(torch.tensor([[0, 3]]), h=2, w=4, k=2)        # first and last place of two 2x2 windows
+    tensor([[0, 7]])
+    """
     window = torch.arange(inside.shape[1], device=inside.device)
     y = window // (w // k) * k + inside // k
     x = window % (w // k) * k + inside % k

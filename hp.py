@@ -105,7 +105,16 @@ def compare(features, limits, b, c, symmetric=True):
 
 
 def hidden_positives(features, pool):
-    """Unit (M,D), unit pool (P,D) -> positives (M,M) bool, symmetric and without self, thresholds (M,)."""
+    """Unit (M,D), unit pool (P,D) -> positives (M,M) bool, symmetric and without self, thresholds (M,).
+
+    Two of three vectors are closer to each other than to the one vector of the pool:
+    >>> positives, _ = hidden_positives(F.normalize(torch.tensor([[9.0, 1], [8, 1], [1, 9]])),
+    ...                                 F.normalize(torch.ones(1, 2)))
+    >>> positives.int()
+    tensor([[0, 1, 0],
+            [1, 0, 0],
+            [0, 0, 0]], dtype=torch.int32)
+    """
     limits, everything = thresholds(features, pool), slice(0, len(features))
     return compare(features, limits, everything, everything)[0].fill_diagonal_(False), limits
 
@@ -285,7 +294,11 @@ def consistency_loss(z, z_view):
 
 
 def task_specific_share(step, total, warmup):
-    """lambda of eq. 11: 0 during the warm-up, then linearly to 1 (the paper: from the first step on)."""
+    """lambda of eq. 11: 0 during the warm-up, then linearly to 1 (the paper: from the first step on).
+
+    >>> [task_specific_share(step, 100, 20) for step in (0, 20, 60, 100)]
+    [0.0, 0.0, 0.5, 1.0]
+    """
     return 0.0 if step <= warmup else (step - warmup) / (total - warmup)
 
 

@@ -96,7 +96,11 @@ def correlation_loss(feat_a, feat_b, code_a, code_b, shift, pointwise=True, zero
 
 
 def shifted_permutation(permutation):
-    """(n,) -> (n,): an element at its own place moves on by one, so no image meets itself. Repeats occur."""
+    """(n,) -> (n,): an element at its own place moves on by one, so no image meets itself. Repeats occur.
+
+    >>> shifted_permutation(torch.tensor([2, 1, 0, 3]))
+    tensor([2, 2, 0, 0])
+    """
     n = len(permutation)
     return (permutation + (permutation == torch.arange(n, device=permutation.device))) % n
 
@@ -193,6 +197,11 @@ def nearest_neighbors(features, k):
     """Features (n,D) -> (n,k) indices by cosine, itself first. Memory: unit features, 2^26 cosines.
 
     With fewer than k images the neighbours repeat; a single image is its own neighbour.
+
+    >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1]]), 2)
+    tensor([[0, 2],
+            [1, 2],
+            [2, 0]])
     """
     unit = F.normalize(features.float(), dim=1)
     n, found = len(unit), []

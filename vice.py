@@ -117,7 +117,12 @@ def seeds(pixels, S):
 
 
 def grid(H, W, S):
-    """Squares of S pixels instead of superpixels, for comparison; S = 1 makes every pixel a region."""
+    """Squares of S pixels instead of superpixels, for comparison; S = 1 makes every pixel a region.
+
+    >>> grid(2, 6, 2)
+    array([[0, 0, 1, 1, 2, 2],
+           [0, 0, 1, 1, 2, 2]])
+    """
     scale = (int(H * W / S ** 2) / (H * W)) ** 0.5
     rows, columns = max(1, int(scale * H)), max(1, int(scale * W))
     return np.arange(H)[:, None] * rows // H * columns + np.arange(W) * columns // W
@@ -493,6 +498,10 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     """Scores (M,K) -> assignment (M,K): rows sum to 1 and the prototypes get, nearly, the same total.
 
     SwAV's optimal transport. Give it the rows of all processes: then any number of them computes the same.
+    Both rows prefer the first prototype; the one that minds less gets the second:
+    >>> sinkhorn(torch.tensor([[0.9, 0.0], [0.6, 0.5]])).round()
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     Q = ((scores - scores.max()) / epsilon).exp()
     Q /= Q.sum()
