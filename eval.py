@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+from crf import dense_crf
 
 # ---------------------------------------------------------------- probes
 
@@ -236,9 +237,8 @@ def tile_ramp(start, length, side, tile, cell):
 
 def upsample(x, size, shape):
     """x (B,C,h,w), map of an image of sides `shape` (before, after padding) -> image part (B,C,*size)."""
-    (height, width), (inner_height, inner_width), (outer_height, outer_width) = size, *shape
-    full = round(height * outer_height / inner_height), round(width * outer_width / inner_width)
-    return F.interpolate(x, full, mode="bilinear")[..., :height, :width]
+    full = [round(side * outer / inner) for side, inner, outer in zip(size, *shape)]
+    return F.interpolate(x, full, mode="bilinear")[..., :size[0], :size[1]]
 
 
 def chunks(count, size, limit=2 ** 26):
@@ -272,20 +272,15 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None):
     size = tuple(size or images.shape[-2:])
     large = padded(images, patch_of(model))
     shape = images.shape[-2:], large.shape[-2:]
-    return label_pixels(model, encode(model, large, flip, tile), images, size, shape, crf)
-
-
-def label_pixels(model, code, images, size, shape, crf=False):
-    """The second half of `predict`: the probes, on a code (B,K,h,w) that covers the padded image."""
+    code = encode(model, large, flip, tile)                                                   # (B,K,h,w)
     maps = {"cluster": torch.einsum("bkhw,ck->bchw", code, F.normalize(model.cluster.clusters, dim=1))}
     if model.linear is not None:
         maps["linear"] = model.linear(code)
+    result = {"linear": None}
     if not crf:
-        return {"linear": None, **{head: arg_max(scores, size, shape) for head, scores in maps.items()}}
-    from crf import dense_crf
+        return result | {head: arg_max(low, size, shape) for head, low in maps.items()}
     rgb = (images * data.STD.to(images) + data.MEAN.to(images)).clamp(0, 1)
     rgb = (F.interpolate(rgb, size, mode="bilinear") * 255).round().byte()
-    result = {"linear": None}
     for head, low in maps.items():
         logits = upsample(low, size, shape)
         if head == "cluster":  # here the length does matter
@@ -300,6 +295,10 @@ def label_pixels(model, code, images, size, shape, crf=False):
 
 # ---------------------------------------------------------------- evaluation
 
+def progress(items, what, unit):
+    return tqdm(items, what, unit=unit, leave=False, disable=common.rank() > 0, dynamic_ncols=True)
+
+
 def batches(dataset, size, workers=0, what="evaluation"):
     """This process's share of the batches of a data set, in order, as lists of items.
 
@@ -309,15 +308,13 @@ def batches(dataset, size, workers=0, what="evaluation"):
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list, num_workers=workers,
         worker_init_fn=common.quiet_worker, generator=torch.Generator())  # its own: ours stays untouched
-    return tqdm(loader, desc=what, unit="batch", leave=False, disable=common.rank() > 0, dynamic_ncols=True)
+    return progress(loader, what, "batch")
 
 
 def same_size(items):
     """Consecutive items of one size as batches: some protocols keep each photo's own shape."""
     for _, group in itertools.groupby(items, key=lambda item: (item["image"].shape, item["label"].shape)):
-        group = list(group)
-        yield {key: torch.stack([item[key] for item in group]) if torch.is_tensor(group[0][key])
-               else [item[key] for item in group] for key in group[0]}
+        yield torch.utils.data.default_collate(list(group))
 
 
 @torch.no_grad()
@@ -347,7 +344,7 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
             counts["cluster"] += confusion_matrix(found["cluster"], label, clusters, classes)
             if linear:
                 counts["linear"] += confusion_matrix(found["linear"], label, classes, classes)
-            for pred, true, index in zip(found["cluster"], label, batch["index"]):
+            for pred, true, index in zip(found["cluster"], label, batch["index"].tolist()):
                 if index in place:
                     counts["watched"][place[index]] = confusion_matrix(pred, true, clusters, classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
@@ -383,10 +380,8 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
     images (n,D). Cells and not interpolated pixels: mixtures at borders would cost the baseline six points of
     mIoU on the scenes.
     """
-    features, labels, means = [], [], []
-    generator = torch.Generator().manual_seed(seed)
-    for index in tqdm(evenly(images, len(dataset)), "features", leave=False, disable=common.rank() > 0,
-                      dynamic_ncols=True):
+    found, generator = [], torch.Generator().manual_seed(seed)
+    for index in progress(evenly(images, len(dataset)), "features", "image"):
         item = dataset[index]
         if item["error"]:
             continue
@@ -397,12 +392,10 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
         rows, columns = rows[rows < label.shape[0]], columns[columns < label.shape[1]]
         cell = torch.randint(len(rows) * len(columns), (points,), generator=generator)
         y, x = cell // len(columns), cell % len(columns)
-        features.append(feats[:, y, x].T)
-        labels.append(label[rows[y], columns[x]].to(device))
-        means.append(feats.mean((1, 2)))
-    if not features:
+        found.append((feats[:, y, x].T, label[rows[y], columns[x]].to(device), feats.mean((1, 2))))
+    if not found:
         raise OSError(f"no image of {dataset.name} could be read")
-    return torch.stack(features), torch.stack(labels), torch.stack(means)
+    return tuple(map(torch.stack, zip(*found)))
 
 
 def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False):
@@ -452,8 +445,7 @@ def fit_linear(features, labels, classes):
         loss = loss + 1e-4 * probe.weight.square().sum()
         loss.backward()
         return loss
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     weight = probe.weight.data[:, :, 0, 0] / deviation  # for features as they come
     probe.bias.data -= weight @ mean
     probe.weight.data = weight[:, :, None, None]
@@ -462,8 +454,7 @@ def fit_linear(features, labels, classes):
 
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> confusion (clusters,classes) on val."""
-    with torch.no_grad():
-        model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
+    model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
     return evaluate(model, val, run.device, workers=run.args.workers or 0, what="k-means")["cluster"]
 
 
