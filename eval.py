@@ -462,11 +462,9 @@ def baseline(run, encoder, images, val, clusters, patch=1):
 
 def distinct(count, first=()):
     """`count` colours (count,3) uint8, each as far as can be in CIELAB from all before it and `first`."""
-    steps = np.linspace(30, 250, 8)
-    rgb = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    lab = to_lab(rgb)
-    chosen = list(np.asarray(first, float).reshape(-1, 3)) + [np.array([0, 0, 0]), np.array([255, 255, 255])]
-    distance = ((lab[:, None] - to_lab(np.array(chosen))[None]) ** 2).sum(-1).min(1)
+    rgb = np.linspace(30, 250, 8)[np.indices((8, 8, 8)).reshape(3, -1).T]                     # (512,3)
+    lab, taken = to_lab(rgb), np.concatenate([np.reshape(first, (-1, 3)), [[0] * 3, [255] * 3]])
+    distance = ((lab[:, None] - to_lab(taken)) ** 2).sum(-1).min(1)
     colours = []
     for _ in range(count):
         i = distance.argmax()
@@ -477,9 +475,8 @@ def distinct(count, first=()):
 
 def to_lab(rgb):
     """sRGB (n,3) in 0..255 -> CIELAB (n,3), where distances are roughly those the eye sees."""
-    linear = (rgb / 255) ** 2.2
-    # white = 1
-    xyz = linear @ np.array([[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])
+    xyz = (rgb / 255) ** 2.2 @ np.array(  # white = 1
+        [[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])
     f = np.cbrt(xyz)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
@@ -511,18 +508,11 @@ def paint(ids, palette):
     return np.concatenate([palette, np.zeros((1, 3), np.uint8)])[np.asarray(ids)]
 
 
-def outline(ids):
-    """(H,W) -> bool (H,W): the pixel differs from its right or lower neighbour."""
-    ids, edge = np.asarray(ids), np.zeros(np.shape(ids), bool)
-    edge[:, :-1] |= ids[:, 1:] != ids[:, :-1]
-    edge[:-1] |= ids[1:] != ids[:-1]
-    return edge
-
-
-def overlay(photo, ids, palette, strength=0.5):
+def overlay(photo, ids, palette):
     """photo uint8 (H,W,3) tinted by the colours of ids (H,W), with outlines at full resolution."""
-    tinted = (1 - strength) * photo + strength * paint(ids, palette)
-    tinted[outline(ids)] = paint(ids, palette)[outline(ids)] * 0.4 + 153  # bright edge in the segment's hue
+    colour = paint(ids, palette)
+    edge = np.diff(ids, axis=0, append=ids[-1:]) | np.diff(ids, axis=1, append=ids[:, -1:]) != 0
+    tinted = np.where(edge[..., None], 0.4 * colour + 153, (photo + 1.0 * colour) / 2)
     return tinted.round().astype(np.uint8)
 
 
@@ -541,34 +531,27 @@ def legend(names, palette, width, size=14):
 
 
 def sheet(rows, titles, names, palette, captions=()):
-    """Rows of uint8 pictures (H,W,3) under column titles, with a caption over each row and a legend below."""
-    size = 14
-    cells = [[Image.fromarray(np.asarray(cell)) for cell in row] for row in rows]
-    widths = [max(text_size(title, size)[0], *(cell.width for cell in column))
-              for title, column in zip(titles, zip(*cells))]
-    head = 22 if captions else 6
-    key = legend(names, palette, max(sum(widths) + 6 * (len(titles) + 1), 320))
-    height = 24 + sum(max(cell.height for cell in row) + head for row in cells)
+    """Rows of pictures as `fit` gives them under column titles, captions over the rows, a legend below."""
+    widths = [max(text_size(title, 14)[0], *(cell.width for cell in column))
+              for title, column in zip(titles, zip(*rows))]
+    *lefts, width = itertools.accumulate((w + 6 for w in widths), initial=6)
+    head = 22 if captions else 0
+    gap = 0 if captions else 6
+    key = legend(names, palette, max(width, 320))
+    height = 24 + sum(head + max(cell.height for cell in row) + gap for row in rows)
     picture = Image.new("RGB", (key.width, height + key.height), "white")
     draw, y = ImageDraw.Draw(picture), 24
-    for c, title in enumerate(titles):
-        draw.text((6 + sum(widths[:c]) + 6 * c, 12), title, "black", font(size), "lm")
-    for r, row in enumerate(cells):
-        if captions:
-            caption = shorten(captions[r], picture.width - 12, 12)
-            draw.text((6, y + head // 2), caption, "black", font(12), "lm")
-        for c, cell in enumerate(row):
-            picture.paste(cell, (6 + sum(widths[:c]) + 6 * c, y + head - (0 if captions else 6)))
-        y += max(cell.height for cell in row) + head
+    for x, title in zip(lefts, titles):
+        draw.text((x, 12), title, "black", font(14), "lm")
+    for row, text in itertools.zip_longest(rows, captions, fillvalue=""):
+        while text_size(text, 12)[0] > picture.width - 12:  # the end of a path says more than its start
+            text = "..." + text[4:]
+        draw.text((6, y + 11), text, "black", font(12), "lm")
+        for x, cell in zip(lefts, row):
+            picture.paste(cell, (x, y + head))
+        y += head + max(cell.height for cell in row) + gap
     picture.paste(key, (0, y))
     return picture
-
-
-def shorten(text, width, size):
-    """The end of a text, if it is too long for `width` pixels: the end of a path says more than its start."""
-    while text_size(text, size)[0] > width and len(text) > 4:
-        text = "..." + text[4:]
-    return text
 
 
 def confusion_picture(confusion, names, title,
@@ -617,9 +600,9 @@ def photo_of(item):
 
 
 def fit(picture, height=240, mode=Image.Resampling.NEAREST):
-    """Resize a uint8 picture (H,W,3) to this height."""
+    """uint8 (H,W,3) -> Pillow picture of this height."""
     image = Image.fromarray(picture)
-    return np.asarray(image.resize((max(1, round(image.width * height / image.height)), height), mode))
+    return image.resize((max(1, round(image.width * height / image.height)), height), mode)
 
 
 def samples(models, dataset, device, indices, namings, captions=()):
@@ -630,17 +613,15 @@ def samples(models, dataset, device, indices, namings, captions=()):
     rows, seen = [], {}
     for index in indices:
         item = dataset[index]
-        label = item["label"].where(item["label"] < max(dataset.classes, 1), -1).numpy()
         row = [fit(photo_of(item), mode=Image.Resampling.BILINEAR)]
-        if dataset.classes:
-            row.append(fit(paint(label, namings[0][2])))
-            seen |= {i: (namings[0][1][i], namings[0][2][i]) for i in np.unique(label[label >= 0]).tolist()}
-            seen |= {-1: ("not labelled", (0, 0, 0))} if (label < 0).any() else {}
-        for (_, model), (ids, names, palette) in zip(models, namings):
-            found = predict(model, item["image"][None].to(device), label.shape)["cluster"][0].cpu()
-            found = ids[found].numpy()
-            row.append(fit(paint(found, palette)))
-            seen |= {i: (names[i], palette[i]) for i in np.unique(found).tolist()}
+        maps = [(item["label"], namings[0])] * (dataset.classes > 0)
+        for (_, model), named in zip(models, namings):
+            found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0].cpu()
+            maps.append((named[0][found], named))
+        for ids, (_, names, palette) in maps:
+            row.append(fit(paint(ids, palette)))
+            entries = [*zip(names, palette), ("not labelled", (0, 0, 0))]  # the last: -1
+            seen |= {i: entries[i] for i in ids.unique().tolist()}
         rows.append(row)
     names, palette = zip(*(seen[i] for i in sorted(seen, key=lambda i: (i < 0, i))))
     titles = ["photo", *["ground truth"] * (dataset.classes > 0), *(title for title, _ in models)]
@@ -1186,7 +1167,7 @@ def path_picture(model, item, named, device):
                 ("ground truth", item["label"], paint(item["label"].numpy(), palette))]
     labelled = item["label"][item["label"] >= 0]
     seen = sorted({*ids[found].unique().tolist(), *labelled.unique().tolist()})
-    row = [fit(picture, 180, Image.Resampling.NEAREST) for _, _, picture in stations]
+    row = [fit(picture, 180) for _, _, picture in stations]
     titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
     return sheet([row], titles, [names[i] for i in seen], palette[seen])
 
