@@ -511,8 +511,8 @@ def paint(ids, palette):
 def overlay(photo, ids, palette):
     """photo uint8 (H,W,3) tinted by the colours of ids (H,W), with outlines at full resolution."""
     colour = paint(ids, palette)
-    edge = np.diff(ids, axis=0, append=ids[-1:]) | np.diff(ids, axis=1, append=ids[:, -1:]) != 0
-    tinted = np.where(edge[..., None], 0.4 * colour + 153, (photo + 1.0 * colour) / 2)
+    edge = (np.diff(ids, axis=0, append=ids[-1:]) != 0) | (np.diff(ids, axis=1, append=ids[:, -1:]) != 0)
+    tinted = np.where(edge[..., None], 0.4 * colour + 153, 0.5 * colour + 0.5 * photo)  # edges: same hue
     return tinted.round().astype(np.uint8)
 
 
@@ -543,7 +543,7 @@ def sheet(rows, titles, names, palette, captions=()):
     draw, y = ImageDraw.Draw(picture), 24
     for x, title in zip(lefts, titles):
         draw.text((x, 12), title, "black", font(14), "lm")
-    for row, text in itertools.zip_longest(rows, captions, fillvalue=""):
+    for row, text in zip(rows, captions or [""] * len(rows)):
         while text_size(text, 12)[0] > picture.width - 12:  # the end of a path says more than its start
             text = "..." + text[4:]
         draw.text((6, y + 11), text, "black", font(12), "lm")
@@ -659,11 +659,7 @@ def table(results, names):
 
 def plain(x):
     """Scores as JSON takes them: tensors as lists, NaN as null."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if torch.is_tensor(x) or isinstance(x, (list, tuple)):
-        return [plain(value) for value in (x.tolist() if torch.is_tensor(x) else x)]
-    return None if isinstance(x, float) and math.isnan(x) else x
+    return json.loads(json.dumps(x, default=torch.Tensor.tolist), parse_constant=lambda name: None)
 
 
 def evenly(count, total):
@@ -689,8 +685,7 @@ def finish(run, model, images, val, encode=None):
     if val.classes:
         raw = baseline(run, encode or model.backbone, images, val, run.args.clusters, patch_of(model))
         shown["kmeans"] = scores(matched(raw, hungarian(raw)))
-    if run.rank == 0:
-        report(run.folder, model, val, run.device, result, shown, seconds=seconds)
+    report(run.folder, model, val, run.device, result, shown, seconds=seconds)
     return 1 if result["failed"] else 0
 
 
@@ -706,18 +701,18 @@ def heads(result, val, suffix=""):
     return shown
 
 
-def matching(result, val):
-    """The class of each cluster, -1 = none, as the Hungarian matching of these counts has it."""
-    return hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
-
-
 TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-means, raw"}
 
 
 def report(folder, model, val, device, result, shown, prefix="", **more):
-    """Print the table of `shown`; write scores.json, samples, best_and_worst and confusion.png."""
-    assignment = matching(result, val)
-    ids, names, palette = naming(assignment, val.names, val.palette)
+    """Process 0 prints the table of `shown`, writes scores.json, samples, best_and_worst and confusion.png.
+
+    -> what `naming` gave.
+    """
+    assignment = hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
+    named = ids, names, palette = naming(assignment, val.names, val.palette)
+    if common.rank() > 0:
+        return named
     print(f"\n{val.name} {val.split}, {len(val) - len(result['failed'])} images")
     print(table({TITLES.get(key, key): value for key, value in shown.items()}, val.names) if shown else
           "no labels, hence no scores; the pictures show what was found")
@@ -727,10 +722,10 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
     path = folder / f"{prefix}scores.json"
-    before = json.loads(path.read_text()) if path.exists() else {}  # a method's own rows, other variants
-    common.write(path, json.dumps({**before, **plain(content)}, indent=1).encode())
-    pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
-                                       [(ids, names, palette)])}
+    content = {**saved_scores(path), **plain(content)}  # a method's own rows and other variants stay
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write(path, json.dumps(content, indent=1).encode())
+    pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)), [named])}
     if shown:
         right = torch.stack([matched(counts, assignment).diagonal().sum() for counts in result["watched"]])
         share = (right / result["watched"].sum((1, 2))).cpu()
@@ -738,7 +733,7 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
         order = [i for i in share.argsort(descending=True).tolist() if share[i].isfinite()]
         order = order if len(order) < 6 else order[:3] + order[-3:]
         pictures["best_and_worst.png"] = samples(
-            [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
+            [("prediction", model)], val, device, [watched[i] for i in order], [named],
             [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
         pictures["confusion.png"] = confusion_picture(
             matched(result["cluster"], assignment), val.names,
@@ -746,6 +741,17 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
     print("wrote " + ", ".join(str(folder / (prefix + name)) for name in ["scores.json", *pictures]))
+    return named
+
+
+def saved_scores(path):
+    """What a scores.json holds; nothing where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def saved_naming(saved):
+    """What `naming` gave when a run was scored, from its scores.json."""
+    return torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
 
 
 def write_png(path, picture):
@@ -777,11 +783,17 @@ def load_run(folder, device="cpu", root=None, weights=None):
 
 
 def open_run(folder, options, device):
-    return load_run(folder, device, None if options.data else options.root, options.weights)
+    """-> model, its options; without a folder, the raw backbone of --arch and what options it needs."""
+    if folder:
+        return load_run(folder, device, None if options.data else options.root, options.weights)[:2]
+    name = options.data or "scenes"
+    args = argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
+    return common.load_backbone(options.arch, options.weights, options.depth).to(device), args
 
 
-def load_data(options, args, split, patch):
+def load_data(options, args, split, model):
     """The data set that a run is scored on: its own, unless --data names another."""
+    patch = patch_of(model)
     name, size = options.data or args.data, options.size or getattr(args, "eval_size", args.size)
     protocol = options.protocol or (None if options.data else args.protocol)
     size = -(-size // patch) * patch
@@ -789,34 +801,34 @@ def load_data(options, args, split, patch):
 
 
 def score_run(folder, options, device):
-    """`python eval.py RUN` -> options of the run, scores, exit code; writes into its folder."""
-    model, args, _ = open_run(folder, options, device)
-    patch, folder = patch_of(model), Path(folder)
-    val = load_data(options, args, options.split, patch)
+    """`python eval.py RUN` -> options of the run, scores, exit code, (model, val, naming).
+
+    Writes into the run's folder, beside its own scores.json where it is scored in another way.
+    """
+    model, args = open_run(folder, options, device)
+    val = load_data(options, args, options.split, model)
     other = options.data not in (None, args.data)
     if other:  # its classes are not the run's
         model.linear = None
-    prefix = f"{val.name}-" * other + f"{options.split}-" * (options.split != "val") + "".join(
-        # beside the run's own scores.json
-        f"{value}-" for value in (options.size, options.protocol) if value)
+    unusual = val.name * other, options.split * (options.split != "val"), options.size, options.protocol
+    prefix = "".join(f"{value}-" for value in unusual if value)
     count = dict(workers=options.workers, batch_size=options.batch_size)
     result = evaluate(model, val, device, watch=evenly(200, len(val)), **count)
-    shown, code = heads(result, val), 1 if result["failed"] else 0
+    shown = heads(result, val)
     if options.flip or options.crf:
         suffix = " + flip" * options.flip + " + CRF" * options.crf
         more = evaluate(model, val, device, options.flip, options.crf, what=suffix[3:], **count)
         shown |= heads(more, val, suffix)
     if val.classes and (options.clusters or other):
-        train = load_data(options, args, "train", patch)
+        train = load_data(options, args, "train", model)
         clusters = options.clusters or val.classes
         shown |= fitted_on_code(model, train, val, device, clusters, other, args.seed, count)
-    before = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+    before = saved_scores(Path(folder) / "scores.json")
     if before.get("kmeans") and not prefix:  # measured when training ended
         shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value])
                            if isinstance(value, list) else value for key, value in before["kmeans"].items()}
-    if common.rank() == 0:
-        report(folder, model, val, device, result, shown, prefix, seconds=before.get("seconds"))
-    return args, shown, code
+    named = report(Path(folder), model, val, device, result, shown, prefix, seconds=before.get("seconds"))
+    return args, shown, 1 if result["failed"] else 0, (model, val, named)
 
 
 def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
@@ -832,26 +844,16 @@ def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
     return shown
 
 
-def raw_args(options):
-    """What takes the place of a run's options for a raw backbone."""
-    name = options.data or "scenes"
-    return argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
-
-
 def score_backbone(options, device):
     """`python eval.py --arch A --data D`: K-means and linear probe on raw features, the baseline."""
-    backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
-    args = raw_args(options)
-    train, val = (load_data(options, args, split, backbone.patch) for split in ("train", options.split))
+    backbone, args = open_run(None, options, device)
+    train, val = (load_data(options, args, split, backbone) for split in ("train", options.split))
     clusters = options.clusters or val.classes or 27
     model, _ = fit_probes(backbone, train, clusters, device, backbone.patch, options.seed, linear=True)
     result = evaluate(model, val, device, options.flip, options.crf, options.batch_size, options.workers,
                       watch=evenly(200, len(val)))
     shown = {"kmeans" if key == "cluster" else key: value for key, value in heads(result, val).items()}
-    if common.rank() == 0:
-        folder = Path(options.out or f"runs/raw-{val.name}-{options.arch}")
-        folder.mkdir(parents=True, exist_ok=True)
-        report(folder, model, val, device, result, shown)
+    report(Path(options.out or f"runs/raw-{val.name}-{options.arch}"), model, val, device, result, shown)
     return 1 if result["failed"] else 0
 
 
@@ -879,21 +881,14 @@ def compare(folders, found, markdown):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def side_by_side(folders, options, device):
+def side_by_side(folders, scored, path, device):
     """A picture with a column per run: the same four photos, where the runs share a data set."""
-    models, named = [], []
-    for folder in folders:
-        model, args, _ = open_run(folder, options, device)
-        val = load_data(options, args, options.split, patch_of(model))
-        if models and (val.name, len(val)) != shared:
-            print("the runs are on different data sets, so there is no picture side by side")
-            return
-        shared = val.name, len(val)
-        saved = json.loads((Path(folder) / "scores.json").read_text())
-        models.append((Path(folder).name, model))
-        named.append((torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)))
-    path = Path(options.out or folders[0]) / "side_by_side.png"
-    write_png(path, samples(models, val, device, evenly(4, len(val)), named))
+    models, sets, named = zip(*scored)
+    if len({(val.name, len(val)) for val in sets}) > 1:
+        print("the runs are on different data sets, so there is no picture side by side")
+        return
+    models = [(Path(folder).name, model) for folder, model in zip(folders, models)]
+    write_png(path, samples(models, sets[-1], device, evenly(4, len(sets[-1])), named))
     print(f"wrote {path}")
 
 
@@ -1060,7 +1055,7 @@ def segment(folder, options, device):
         found = ids.to(device)[found[options.head][0]]  # (H, W)
         counts += torch.bincount(found.flatten(), minlength=len(names))
         found = found.byte().cpu().numpy()
-        picture = Image.fromarray(found).convert("L")
+        picture = Image.fromarray(found)
         picture.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
         write_png(out / f"{name}.png", picture)
         write_png(out / f"{name}_overlay.png", Image.fromarray(overlay(photo, found, palette)))
@@ -1080,18 +1075,16 @@ def segment(folder, options, device):
 
 def label_names(folder, model, options):
     """ids of the head's outputs, names, palette: as found when the run was scored, else cluster numbers."""
-    path = Path(folder) / "scores.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    palette = np.array(saved.get("palette", []), np.uint8).reshape(-1, 3)
+    saved = saved_scores(Path(folder) / "scores.json")
+    if saved:
+        ids, names, palette = saved_naming(saved)
+    else:
+        ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.head == "linear":
         if model.linear is None or not saved.get("classes"):
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
         names = saved["classes"]
         ids, palette = torch.arange(len(names)), palette[:len(names)]
-    elif saved:
-        ids, names = torch.tensor(saved["matching"]), saved["names"]
-    else:
-        ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.names:
         given = [line.strip() for line in Path(options.names).read_text().splitlines() if line.strip()]
         if len(given) != len(names):
@@ -1108,15 +1101,14 @@ def label_names(folder, model, options):
 def embed(model, dataset, folder, device):
     """Write the code of every image of a data set as NAME.npy, float32 (K,h,w); subfolders are kept."""
     root, failed = os.path.commonpath([os.path.dirname(path) for path in dataset.paths]), []
-    for items in batches(dataset, 1, what="embedding"):
-        for item in items:
-            if item["error"]:
-                failed.append((item["path"], item["error"]))
-                continue
-            code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
-            path = Path(folder) / os.path.relpath(item["path"], root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_name(path.name + ".npy"), code.cpu().numpy())
+    for [item] in batches(dataset, 1, what="embedding"):
+        if item["error"]:
+            failed.append((item["path"], item["error"]))
+            continue
+        code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
+        path = Path(folder) / (os.path.relpath(item["path"], root) + ".npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, code.cpu().numpy())
     failed = collect(failed)
     if common.rank() == 0:
         for path, reason in failed:
@@ -1236,32 +1228,32 @@ def curve_picture(curves, title, size=420):
 
 
 def look_inside(options, device):
-    """--embed, --pca, --neighbors, --pr-curve: on the val split, of a run or of a raw backbone."""
-    if options.runs:
-        model, args, _ = open_run(options.runs[0], options, device)
-        backbone, folder = getattr(model, "backbone", None) or model, Path(options.runs[0])
-    else:
-        model = backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
-        args = raw_args(options)
-        folder = Path(f"runs/raw-{Path(args.data).name}-{options.arch}")
-    folder = Path(options.out or folder)
-    val, patch, code = load_data(options, args, options.split, patch_of(model)), patch_of(model), 0
+    """--embed, --pca, --path, --neighbors, --pr-curve: on one split, of a run or of a raw backbone."""
+    run = options.runs[0] if options.runs else None
+    model, args = open_run(run, options, device)
+    backbone = getattr(model, "backbone", None) or model
+    folder = Path(options.out or run or f"runs/raw-{Path(args.data).name}-{options.arch}")
+    val, code = load_data(options, args, options.split, model), 0
+
+    def write(name, picture):
+        write_png(folder / name, picture)
+        print(f"wrote {folder / name}")
     if options.embed:
         code = embed(model, val, options.embed, device)
     if options.pca:
-        write_png(folder / "pca.png", principal_picture(model, val, device))
-        print(f"wrote {folder / 'pca.png'}")
+        write("pca.png", principal_picture(model, val, device))
     if options.path:
-        if not options.runs or not (folder / "scores.json").exists() or not hasattr(model, "backbone"):
+        saved = saved_scores(Path(run) / "scores.json") if run else {}
+        if not saved or model is backbone:
             raise ValueError("--path needs a scored run with a backbone: run python eval.py RUN first")
-        saved = json.loads((folder / "scores.json").read_text())
-        named = torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
-        write_png(folder / "path.png", path_picture(model, val[evenly(1, len(val))[0]], named, device))
-        print(f"wrote {folder / 'path.png'}")
-    if (options.neighbors or options.pr_curve) and not val.classes:
-        raise ValueError(f"{val.name} has no labels to compare correspondences with")
+        item = val[evenly(1, len(val))[0]]
+        write("path.png", path_picture(model, item, saved_naming(saved), device))
+    if not options.neighbors and not options.pr_curve:
+        return code
+    if not val.classes or len(val) < 2:
+        raise ValueError(f"{val.name}: to compare correspondences takes labels and two images")
+    features, labels, means = sample_points(backbone, val, device, patch_of(model), points=100)
     if options.neighbors:
-        features, labels, means = sample_points(backbone, val, device, patch, points=100)
         counts = confused(features, labels, means, val.classes)
         print(f"{100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % of the strongest tenth of "
               f"correspondences between {len(means)} images and their neighbours join pixels of one class")
@@ -1269,24 +1261,20 @@ def look_inside(options, device):
         for at in off.flatten().argsort(descending=True)[:8].tolist():
             b, a = divmod(at, val.classes)
             print(f"  {val.names[a]} with {val.names[b]}: {100 * off[b, a]:.1f} % of its correspondences")
-        write_png(folder / "neighbors.png", confusion_picture(
+        write("neighbors.png", confusion_picture(
             counts, val.names, f"{val.name}: classes joined by the strongest correspondences of neighbours",
             "rows: class in the image and its share; columns: class of the joined point, % of the row"))
-        print(f"wrote {folder / 'neighbors.png'}")
     if options.pr_curve:
-        curves = {}
-        for name, encoder in {"backbone": backbone, "trained head": model}.items():
-            if name == "backbone" or model is not backbone:
-                features, labels, means = sample_points(encoder, val, device, patch, points=100)
-                itself = torch.arange(len(means), device=means.device)
-                near = neighbors(means, 1)[:, 0] if name == "backbone" else near  # the same pairs for both
-                curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
-                curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
+        points, curves = {"backbone": (features, labels)}, {}
+        if model is not backbone:
+            points["trained head"] = sample_points(model, val, device, patch_of(model), points=100)[:2]
+        itself, near = torch.arange(len(means), device=means.device), neighbors(means, 1)[:, 0]
+        for name, (features, labels) in points.items():  # the same pairs for both
+            curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
+            curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
         for name, (_, _, average) in curves.items():
             print(f"average precision {average:.3f}  {name}")
-        title = f"{val.name}: cosine as predictor of the same class"
-        write_png(folder / "pr_curve.png", curve_picture(curves, title))
-        print(f"wrote {folder / 'pr_curve.png'}")
+        write("pr_curve.png", curve_picture(curves, f"{val.name}: cosine as predictor of the same class"))
     return code
 
 
@@ -1360,10 +1348,11 @@ def run(options):
         return score_backbone(options, device)
     found = [score_run(folder, options, device) for folder in options.runs]
     if common.rank() == 0 and (len(found) > 1 or options.markdown):
-        print("\n" + compare(options.runs, [(args, shown) for args, shown, _ in found], options.markdown))
-        if len(found) > 1:
-            side_by_side(options.runs, options, device)
-    return max(code for *_, code in found)
+        print("\n" + compare(options.runs, [(args, shown) for args, shown, *_ in found], options.markdown))
+    if common.rank() == 0 and len(found) > 1:
+        path = Path(options.out or options.runs[0]) / "side_by_side.png"
+        side_by_side(options.runs, [scored for *_, scored in found], path, device)
+    return max(code for _, _, code, _ in found)
 
 
 if __name__ == "__main__":
