@@ -860,20 +860,21 @@ def score_backbone(options, device):
 def compare(folders, found, markdown):
     """One line per run, and mean and deviation over the seeds of one configuration -> the table as text."""
     local = "seed out device workers resume save_every cache_features root compile json".split()
-    groups, rows = {}, []
+    groups = collections.defaultdict(list)
     for folder, (args, shown) in zip(folders, found):
         kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
-        groups.setdefault(kind, []).append((str(folder), shown))
-    columns, parts = list(dict.fromkeys(key for _, shown in found for key in shown)), ("miou", "accuracy")
+        groups[kind].append((str(folder), shown))
+    columns = list(dict.fromkeys(key for _, shown in found for key in shown))
+    rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
     for runs in groups.values():
-        numbers = np.array([[[100 * shown[key][part] if key in shown else math.nan for part in parts]
-                             for key in columns] for _, shown in runs])  # (runs, columns, 2)
+        cells = [[shown.get(key, {"miou": math.nan, "accuracy": math.nan}) for key in columns]
+                 for _, shown in runs]
+        numbers = 100 * np.array([[(cell["miou"], cell["accuracy"]) for cell in row] for row in cells])
         rows += [[folder, *(f"{a:.1f} / {b:.1f}" for a, b in row)] for (folder, _), row in zip(runs, numbers)]
         if len(runs) > 1:
             both = zip(numbers.mean(0), numbers.std(0, ddof=1))
             rows.append([f"mean of {len(runs)} seeds",
                          *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
-    rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)], *rows]
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -1284,49 +1285,45 @@ def arguments():
     p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                       allow_abbrev=False)
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
-    g = p.add_argument_group("scoring")
-    g.add_argument("--crf", action="store_true", help="also with the fully connected CRF")
-    g.add_argument("--flip", action="store_true", help="also with the code averaged over the mirrored image")
-    g.add_argument("--clusters", type=common.whole(1), metavar="N",
-                   help="also K-means with N centres on the code; where N is not the number of classes, by "
-                   "Hungarian (the rest is wrong) and by majority vote of train labels")
-    g.add_argument("--data", metavar="NAME|DIR",
-                   help="score on this data set, with probes fitted anew on its train split")
-    g.add_argument("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
-    g.add_argument("--split", default="val", help="default: val")
-    g.add_argument("--protocol", help="how images are resized and cropped; default: as at training")
-    g.add_argument("--size", type=common.whole(0), metavar="PIXELS",
-                   help="shorter side at which the network sees an image; default: as it was scored; "
-                   "with --images, 0 leaves images as they are")
-    g.add_argument("--markdown", action="store_true", help="print the comparison as a Markdown table")
-    g = p.add_argument_group("your own pictures")
-    g.add_argument("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
-    g.add_argument("--out", metavar="DIR", help="where results go; else into the first run folder")
-    g.add_argument("--tile", type=common.whole(32), metavar="PIXELS",
-                   help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
-    g.add_argument("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
-    g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe")
-    g = p.add_argument_group("a look inside (a run, or --arch and --data)")
-    g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
-    g.add_argument("--pca", action="store_true", help="picture of the code's three principal components")
-    g.add_argument("--path", action="store_true", help="picture of one image at every station, with shapes")
-    g.add_argument("--neighbors", action="store_true",
-                   help="which classes the backbone's correspondences between neighbouring images confuse: "
-                   "judges a backbone without training")
-    g.add_argument("--pr-curve", action="store_true",
-                   help="correspondences as predictors of the same class: precision and recall")
-    g = p.add_argument_group("the authors' checkpoints")
-    g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"),
-                   help="turn a published checkpoint into the run folder --out: stego FILE, hp FILE, or "
-                   "cause SEGMENT CLUSTER; with --data, for cause with --arch")
-    g = p.add_argument_group("backbone, machine")
-    g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
-    g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay")
-    g.add_argument("--depth", type=common.whole(1), metavar="K", help="with --arch: the first K blocks")
-    g.add_argument("--seed", type=common.whole(0), default=0, help="of K-means")
-    g.add_argument("--batch-size", type=common.whole(1), default=16, help="images at a time")
-    g.add_argument("--device", help="default: the accelerator if there is one")
-    g.add_argument("--workers", type=common.whole(0), default=0, help="processes that read images")
+    whole, add = common.whole, p.add_argument_group("scoring").add_argument
+    add("--crf", action="store_true", help="also with the fully connected CRF")
+    add("--flip", action="store_true", help="also with the code averaged over the mirrored image")
+    add("--clusters", type=whole(1), metavar="N", help="also K-means with N centres on the code; where N is "
+        "not the number of classes, by Hungarian (the rest is wrong) and by majority vote of train labels")
+    add("--data", metavar="NAME|DIR",
+        help="score on this data set, with probes fitted anew on its train split")
+    add("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
+    add("--split", default="val", help="default: val")
+    add("--protocol", help="how images are resized and cropped; default: as at training")
+    add("--size", type=whole(0), metavar="PIXELS", help="shorter side at which the network sees an image; "
+        "default: as it was scored; with --images, 0 leaves images as they are")
+    add("--markdown", action="store_true", help="print the comparison as a Markdown table")
+    add = p.add_argument_group("your own pictures").add_argument
+    add("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
+    add("--out", metavar="DIR", help="where results go; else into the first run folder")
+    add("--tile", type=whole(32), metavar="PIXELS",
+        help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
+    add("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
+    add("--head", choices=("cluster", "linear"), default="cluster", help="which probe")
+    add = p.add_argument_group("a look inside (a run, or --arch and --data)").add_argument
+    add("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
+    add("--pca", action="store_true", help="picture of the code's three principal components")
+    add("--path", action="store_true", help="picture of one image at every station, with shapes")
+    add("--neighbors", action="store_true", help="which classes the backbone's correspondences between "
+        "neighbouring images confuse: judges a backbone without training")
+    add("--pr-curve", action="store_true",
+        help="correspondences as predictors of the same class: precision and recall")
+    add = p.add_argument_group("the authors' checkpoints").add_argument
+    add("--official", nargs="+", metavar=("METHOD", "FILE"), help="turn a published checkpoint into the run "
+        "folder --out: stego FILE, hp FILE, or cause SEGMENT CLUSTER; with --data, for cause with --arch")
+    add = p.add_argument_group("backbone, machine").add_argument
+    add("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
+    add("--weights", metavar="FILE|none", help="backbone weights, if not where they lay")
+    add("--depth", type=whole(1), metavar="K", help="with --arch: the first K blocks")
+    add("--seed", type=whole(0), default=0, help="of K-means")
+    add("--batch-size", type=whole(1), default=16, help="images at a time")
+    add("--device", help="default: the accelerator if there is one")
+    add("--workers", type=whole(0), default=0, help="processes that read images")
     return p
 
 
