@@ -485,9 +485,8 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def text_size(text, size):
-    left, top, right, bottom = font(size).getbbox(text)
-    return math.ceil(right), math.ceil(bottom)
+def text_width(text, size):
+    return math.ceil(font(size).getbbox(text)[2])
 
 
 def naming(assignment, names, palette):
@@ -518,7 +517,7 @@ def overlay(photo, ids, palette):
 
 def legend(names, palette, width, size=14):
     """A picture of colour swatches with names, in columns as wide as the longest name."""
-    column = max([text_size(name, size)[0] for name in names], default=0) + 2 * size + 16
+    column = max((text_width(name, size) for name in names), default=0) + 2 * size + 16
     columns = max(1, min(len(names), (width - 12) // column))
     rows, step = -(-len(names) // columns), size + 10
     sheet = Image.new("RGB", (max(width, column + 12), rows * step + 12), "white")
@@ -532,11 +531,10 @@ def legend(names, palette, width, size=14):
 
 def sheet(rows, titles, names, palette, captions=()):
     """Rows of pictures as `fit` gives them under column titles, captions over the rows, a legend below."""
-    widths = [max(text_size(title, 14)[0], *(cell.width for cell in column))
+    widths = [max(text_width(title, 14), *(cell.width for cell in column))
               for title, column in zip(titles, zip(*rows))]
     *lefts, width = itertools.accumulate((w + 6 for w in widths), initial=6)
-    head = 22 if captions else 0
-    gap = 0 if captions else 6
+    head, gap = (22, 0) if captions else (0, 6)
     key = legend(names, palette, max(width, 320))
     height = 24 + sum(head + max(cell.height for cell in row) + gap for row in rows)
     picture = Image.new("RGB", (key.width, height + key.height), "white")
@@ -544,7 +542,7 @@ def sheet(rows, titles, names, palette, captions=()):
     for x, title in zip(lefts, titles):
         draw.text((x, 12), title, "black", font(14), "lm")
     for row, text in zip(rows, captions or [""] * len(rows)):
-        while text_size(text, 12)[0] > picture.width - 12:  # the end of a path says more than its start
+        while text_width(text, 12) > picture.width - 12:  # the end of a path says more than its start
             text = "..." + text[4:]
         draw.text((6, y + 11), text, "black", font(12), "lm")
         for x, cell in zip(lefts, row):
@@ -562,24 +560,24 @@ def confusion_picture(confusion, names, title,
     counts = confusion[:len(columns)].double().cpu().T.numpy()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size, cell = (14, 42) if classes <= 12 else (13, 30)
-    left = max(text_size(name, size)[0] for name in names) + text_size("100.0 %", size)[0] + 24
-    top = max(text_size(name, size)[0] for name in columns) + 58
-    width = max(left + cell * len(columns) + 12, text_size(title, 16)[0] + 24, text_size(note, 12)[0] + 24)
+    amount = text_width("100.0 %", size)  # as wide as any share of the pixels
+    left = max(text_width(name, size) for name in names) + amount + 24
+    top = max(text_width(name, size) for name in columns) + 58
+    width = max(left + cell * len(columns) + 12, text_width(title, 16) + 24, text_width(note, 12) + 24)
     picture = Image.new("RGB", (width, top + cell * classes + 12), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((10, 8), title, "black", font(16))
     draw.text((10, 32), note, "black", font(12))
+    upwards = ImageFont.TransposedFont(font(size), Image.Transpose.ROTATE_90)
     for c, name in enumerate(columns):
-        width, height = text_size(name, size)
-        label = Image.new("RGB", (width + 2, height + 6), "white")
-        ImageDraw.Draw(label).text((0, 0), name, "black", font(size))
-        label = label.rotate(90, expand=True)
-        picture.paste(label, (left + c * cell + (cell - label.width) // 2, top - label.height - 4))
+        _, ascent, width, height = map(math.ceil, font(size).getbbox(name))
+        x = left + c * cell + (cell - 6 - height) // 2 + ascent
+        draw.text((x, top - 4 - width), name, "black", upwards)
     for r, name in enumerate(names):
         y = top + r * cell
-        amount = f"{100 * counts[r].sum() / max(counts.sum(), 1):.1f} %"
-        draw.text((left - 10, y + cell // 2), amount, "grey", font(size), "rm")
-        draw.text((left - 18 - text_size("100.0 %", size)[0], y + cell // 2), name, "black", font(size), "rm")
+        text = f"{100 * counts[r].sum() / max(counts.sum(), 1):.1f} %"
+        draw.text((left - 10, y + cell // 2), text, "grey", font(size), "rm")
+        draw.text((left - 18 - amount, y + cell // 2), name, "black", font(size), "rm")
         for c in range(len(columns)):
             x, value = left + c * cell, share[r, c]
             shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))  # white to dark blue
@@ -679,8 +677,7 @@ def finish(run, model, images, val, encode=None):
         return 0
     images.read_images = True  # the baseline looks at them again
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else None
-    workers = run.args.workers or 0
-    result = evaluate(model, val, run.device, workers=workers, watch=evenly(200, len(val)))
+    result = evaluate(model, val, run.device, workers=run.args.workers or 0, watch=evenly(200, len(val)))
     shown = heads(result, val)
     if val.classes:
         raw = baseline(run, encode or model.backbone, images, val, run.args.clusters, patch_of(model))
