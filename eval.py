@@ -822,7 +822,7 @@ def score_run(folder, options, device):
         shown |= fitted_on_code(model, train, val, device, clusters, other, args.seed, count)
     before = saved_scores(Path(folder) / "scores.json")
     if before.get("kmeans") and not prefix:  # measured when training ended
-        shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value])
+        shown["kmeans"] = {key: torch.from_numpy(np.array([math.nan if x is None else x for x in value]))
                            if isinstance(value, list) else value for key, value in before["kmeans"].items()}
     named = report(Path(folder), model, val, device, result, shown, prefix, seconds=before.get("seconds"))
     return args, shown, 1 if result["failed"] else 0, (model, val, named)
@@ -959,12 +959,11 @@ def import_official(options):
         tensors |= {key: value for key, value in common.trained(model).items()
                     if key.startswith(("teacher.", "student.")) and key not in tensors}
     own = common.trained(model)
-    for key in own:
-        # a linear head; HP's Z is not saved
+    for key, value in own.items():
         if key not in tensors and key.startswith(("head.mlp.", "project")):
-            tensors[key] = torch.zeros_like(own[key])
-        if key in tensors and tensors[key].numel() == own[key].numel():
-            tensors[key] = tensors[key].view_as(own[key])  # 1x1 convolutions as matrices
+            tensors[key] = torch.zeros_like(value)  # a linear head; HP's Z is not saved
+        if key in tensors and tensors[key].numel() == value.numel():
+            tensors[key] = tensors[key].view_as(value)  # 1x1 convolutions as matrices
     tensors = {key: value for key, value in tensors.items() if key in own}
     common.load_trained(model, tensors, ", ".join(files))
     folder.mkdir(parents=True, exist_ok=True)
