@@ -193,17 +193,18 @@ def patch_of(model):
 
 
 def encode(model, images, flip=False, tile=None):
-    """images (B,3,H,W), sides multiples of the patch -> code (B,K,h,w).
+    """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
 
     flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of
     that many pixels, blended, for images whose attention would not fit into memory.
     """
+    patch, total, weight = patch_of(model), None, None
+    images = padded(images, patch)
     if flip:
         return (encode(model, images, tile=tile) + encode(model, images.flip(-1), tile=tile).flip(-1)) / 2
     height, width = images.shape[-2:]
     if not tile or max(height, width) <= tile:
         return model(images).float()
-    patch, total, weight = patch_of(model), None, None
     (tops, rows), (lefts, columns) = (tile_positions(side, tile, patch) for side in (height, width))
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
@@ -270,9 +271,8 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None):
     alpha, and on log-softmax(logits), as published.
     """
     size = tuple(size or images.shape[-2:])
-    large = padded(images, patch_of(model))
-    shape = images.shape[-2:], large.shape[-2:]
-    code = encode(model, large, flip, tile)                                                   # (B,K,h,w)
+    shape = images.shape[-2:], padded(images, patch_of(model)).shape[-2:]
+    code = encode(model, images, flip, tile)                                                  # (B,K,h,w)
     maps = {"cluster": torch.einsum("bkhw,ck->bchw", code, F.normalize(model.cluster.clusters, dim=1))}
     if model.linear is not None:
         maps["linear"] = model.linear(code)
@@ -1102,7 +1102,7 @@ def embed(model, dataset, folder, device):
         if item["error"]:
             failed.append((item["path"], item["error"]))
             continue
-        code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
+        code = encode(model, item["image"][None].to(device))[0]
         path = Path(folder) / (os.path.relpath(item["path"], root) + ".npy")
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, code.cpu().numpy())
@@ -1128,14 +1128,12 @@ def principal_colours(maps):
 @torch.no_grad()
 def principal_picture(model, dataset, device):
     """Photos beside the first three principal components of their code as red, green, blue (ViCE, fig. 5)."""
-    photos, codes = [], []
-    for index in evenly(6, len(dataset)):
-        item = dataset[index]
-        code = encode(model, padded(item["image"][None].to(device), patch_of(model)))
-        photos.append(photo_of(item))
-        codes.append(F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu())
-    rows = [[fit(photo, mode=Image.Resampling.BILINEAR), fit(rgb)]
-            for photo, rgb in zip(photos, principal_colours(codes))]
+    items = [dataset[index] for index in evenly(6, len(dataset))]
+    codes = [encode(model, item["image"][None].to(device)) for item in items]
+    codes = [F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu()
+             for code, item in zip(codes, items)]
+    rows = [[fit(photo_of(item), mode=Image.Resampling.BILINEAR), fit(rgb)]
+            for item, rgb in zip(items, principal_colours(codes))]
     return sheet(rows, ["photo", "first three principal components"], [], np.zeros((0, 3)))
 
 
@@ -1146,9 +1144,9 @@ def path_picture(model, item, named, device):
     named: what `naming` gives. model: a run with a backbone; `item` of a data set.
     """
     ids, names, palette = named
-    image = padded(item["image"][None].to(device), patch_of(model))
-    feats, code = model.backbone(image)[0].cpu(), encode(model, image)[0].cpu()
-    found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0].cpu()
+    image = item["image"][None].to(device)
+    feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
+    code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
     raw = paint(found.numpy(), distinct(len(ids)))
     stations = [("image", item["image"], photo_of(item)), ("features", feats, principal_colours([feats])[0]),
                 ("code", code, principal_colours([code])[0]), ("clusters", found, raw),
