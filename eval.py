@@ -46,8 +46,7 @@ class ClusterProbe(nn.Module):
 
     code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of each pixel to its
     nearest centre, so the gradient reaches only that centre. The code is detached: the probe never moves the
-    head.
-    """
+    head."""
 
     def __init__(self, width, clusters):
         super().__init__()
@@ -63,8 +62,7 @@ class LinearProbe(nn.Conv2d):
     """A 1x1 convolution: code (B,K,h,w) -> logits (B,classes,h,w). Give it `code.detach()`.
 
     It starts at zero, as a convex problem may, and so draws no random number: with or without labels,
-    everything else in a run stays the same bit for bit.
-    """
+    everything else in a run stays the same bit for bit."""
 
     def __init__(self, width, classes):
         super().__init__(width, classes, 1)
@@ -78,8 +76,7 @@ def linear_loss(logits, label):
     """Mean cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W), over pixels with 0 <= label < C.
 
     With several processes it is scaled such that the mean over processes is the mean over all their pixels.
-    Without any labelled pixel it is 0.
-    """
+    Without any labelled pixel it is 0."""
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
     count = common.reduce_sum((label >= 0).sum()).clamp(min=1)
@@ -92,8 +89,7 @@ def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
 
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored; extra clusters are
-    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters).
-    """
+    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters)."""
     if pred.shape != label.shape:
         raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: expected one shape")
     valid = (label >= 0) & (label < classes)
@@ -108,8 +104,7 @@ def confusion_matrix(pred, label, clusters, classes):
 def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
 
-    The one-to-one matching with the largest number of matched pixels.
-    """
+    The one-to-one matching with the largest number of matched pixels."""
     rows, columns = linear_sum_assignment(confusion.cpu().numpy(), maximize=True)
     assignment = torch.full((len(confusion),), -1)
     assignment[torch.from_numpy(rows)] = torch.from_numpy(columns)
@@ -133,8 +128,7 @@ def scores(confusion):
 
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor
     labels (iou) or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes
-    that have an IoU.
-    """
+    that have an IoU."""
     counts = confusion.cpu().double()
     classes = counts.shape[1]
     right, pixels, predicted = counts.diagonal(), counts.sum(0), counts.sum(1)[:classes]
@@ -196,8 +190,7 @@ def encode(model, images, flip=False, tile=None):
     """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
 
     flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of
-    that many pixels, blended, for images whose attention would not fit into memory.
-    """
+    that many pixels, blended, for images whose attention would not fit into memory."""
     patch, total, weight = patch_of(model), None, None
     images = padded(images, patch)
     if flip:
@@ -268,8 +261,7 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None):
     which no arg-max over centres sees: the few score maps are upsampled instead of the wide code, with the
     same result.
     flip, tile: see `encode`. crf: the fully connected CRF on log-softmax(alpha * cosine), with the model's
-    alpha, and on log-softmax(logits), as published.
-    """
+    alpha, and on log-softmax(logits), as published."""
     size = tuple(size or images.shape[-2:])
     shape = images.shape[-2:], padded(images, patch_of(model)).shape[-2:]
     code = encode(model, images, flip, tile)                                                  # (B,K,h,w)
@@ -302,8 +294,7 @@ def progress(items, what, unit):
 def batches(dataset, size, workers=0, what="evaluation"):
     """This process's share of the batches of a data set, in order, as lists of items.
 
-    A batch is the same for any number of processes, so that rounding, and with it every count, is too.
-    """
+    A batch is the same for any number of processes, so that rounding, and with it every count, is too."""
     keys = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list, num_workers=workers,
@@ -326,8 +317,7 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     (len(watch),clusters,classes) the counts of single images, "failed": [(path, reason)]}, summed over
     processes. predictions are rows. A data set without labels is counted as one class, so that the row sums
     say how many pixels a cluster has. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster.clusters
-    (clusters,K), .linear (module or None), .alpha.
-    """
+    (clusters,K), .linear (module or None), .alpha."""
     model.eval()
     classes, clusters = max(dataset.classes, 1), len(model.cluster.clusters)
     counts = {"cluster": torch.zeros(clusters, classes, dtype=torch.long, device=device),
@@ -378,8 +368,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
     -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none, mean features of the
     images (n,D). Cells and not interpolated pixels: mixtures at borders would cost the baseline six points of
-    mIoU on the scenes.
-    """
+    mIoU on the scenes."""
     found, generator = [], torch.Generator().manual_seed(seed)
     for index in progress(evenly(images, len(dataset)), "features", "image"):
         item = dataset[index]
@@ -402,8 +391,7 @@ def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False)
     """An encoder with probes fitted on its features of the data set `images` (a sample of it).
 
     -> `Clustered` with spherical K-means centres and, on request, a linear probe; counts (clusters,classes)
-    of the sampled cells by cluster and label, or None without labels.
-    """
+    of the sampled cells by cluster and label, or None without labels."""
     features, labels, _ = sample_points(encoder, images, device, patch, seed=seed)
     features, labels = features.flatten(0, 1), labels.flatten()
     model = Clustered(encoder, patch, kmeans(features, clusters, seed=seed))
@@ -492,8 +480,7 @@ def text_width(text, size):
 def naming(assignment, names, palette):
     """Name and colour of every cluster -> ids (clusters,), names, palette (n,3).
 
-    A matched cluster takes the id, name and colour of its class; the others follow behind the classes.
-    """
+    A matched cluster takes the id, name and colour of its class; the others follow behind the classes."""
     free = (assignment < 0).nonzero().flatten().tolist()
     ids = assignment.clone()
     ids[free] = torch.arange(len(names), len(names) + len(free))
@@ -606,8 +593,7 @@ def fit(picture, height=240, mode=Image.Resampling.NEAREST):
 def samples(models, dataset, device, indices, namings, captions=()):
     """A sheet of photo, ground truth (where there are labels) and one prediction per (title, model).
 
-    namings: what `naming` gave for each model; the colours of the first serve the ground truth.
-    """
+    namings: what `naming` gave for each model; the colours of the first serve the ground truth."""
     rows, seen = [], {}
     for index in indices:
         item = dataset[index]
@@ -671,8 +657,7 @@ def finish(run, model, images, val, encode=None):
 
     images: the train split, on which the baseline's K-means is fitted. encode: (B,3,H,W) -> features
     (B,D,h,w) for the baseline, default the model's backbone. Returns the exit code: 1 if some image could not
-    be read, else 0.
-    """
+    be read, else 0."""
     if run.args.bench:
         return 0
     images.read_images = True  # the baseline looks at them again
@@ -704,8 +689,7 @@ TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-me
 def report(folder, model, val, device, result, shown, prefix="", **more):
     """Process 0 prints the table of `shown`, writes scores.json, samples, best_and_worst and confusion.png.
 
-    -> what `naming` gave.
-    """
+    -> what `naming` gave."""
     assignment = hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
     named = ids, names, palette = naming(assignment, val.names, val.palette)
     if common.rank() > 0:
@@ -765,8 +749,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
 
     The model is rebuilt by the file of its method from the checkpoint's options alone. root, weights: where
     data and backbone lie on this machine, if elsewhere than at training. Raises FileNotFoundError or
-    ValueError with one line.
-    """
+    ValueError with one line."""
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
         raise ValueError(f"{folder}: {checkpoint['method']!r} is none of {', '.join(common.METHODS)}")
@@ -800,8 +783,7 @@ def load_data(options, args, split, model):
 def score_run(folder, options, device):
     """`python eval.py RUN` -> options of the run, scores, exit code, (model, val, naming).
 
-    Writes into the run's folder, beside its own scores.json where it is scored in another way.
-    """
+    Writes into the run's folder, beside its own scores.json where it is scored in another way."""
     model, args = open_run(folder, options, device)
     val = load_data(options, args, options.split, model)
     other = options.data not in (None, args.data)
@@ -983,8 +965,7 @@ def list_inputs(paths, out):
     """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
 
     a.jpg and a.png beside each other give a.jpg.png and a.png.png. Raises FileNotFoundError where a path is
-    missing, ValueError where a result would replace an input.
-    """
+    missing, ValueError where a result would replace an input."""
     found, several, out = [], sum(Path(path).is_dir() for path in paths) > 1, out.resolve()
     for path in map(Path, paths):
         if not path.exists():
@@ -1013,8 +994,7 @@ def list_inputs(paths, out):
 def read_picture(path, size):
     """Any image file -> normalised image (3,h,w), its shorter side `size` (0: as it is), RGB uint8 (H,W,3).
 
-    The longer side is held at eight times `size`, so that a thin strip does not fill the memory.
-    """
+    The longer side is held at eight times `size`, so that a thin strip does not fill the memory."""
     picture = data.read_image(str(path))
     small = picture
     if size:
@@ -1030,8 +1010,7 @@ def segment(folder, options, device):
     """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
 
     Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png and legend.txt
-    (id, name, share of the pixels). An unreadable file is listed, and the exit code is 1.
-    """
+    (id, name, share of the pixels). An unreadable file is listed, and the exit code is 1."""
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
@@ -1141,8 +1120,7 @@ def principal_picture(model, dataset, device):
 def path_picture(model, item, named, device):
     """One image at every station from file to score, with shapes: features and codes as principal components.
 
-    named: what `naming` gives. model: a run with a backbone; `item` of a data set.
-    """
+    named: what `naming` gives. model: a run with a backbone; `item` of a data set."""
     ids, names, palette = named
     image = item["image"][None].to(device)
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
@@ -1169,8 +1147,7 @@ def confused(features, labels, means, classes, k=7, share=0.1):
     """Which classes the strongest correspondences between neighbouring images join (STEGO A.6, figure 10).
 
     features (n,P,D), labels (n,P), means (n,D) from `sample_points` -> counts (classes,classes) of the
-    strongest `share` of all point pairs between each image (columns) and its k nearest neighbours (rows).
-    """
+    strongest `share` of all point pairs between each image (columns) and its k nearest neighbours (rows)."""
     counts = torch.zeros(classes, classes, dtype=torch.long, device=features.device)
     for i, others in enumerate(neighbors(means, k)):
         for j in others:
@@ -1185,8 +1162,7 @@ def precision_recall(features, labels, partner):
     """Cosines of point pairs as predictors of "same class" (STEGO, figure 3).
 
     features (n,P,D), labels (n,P), partner (n,): the image that each is paired with, for instance itself
-    -> recall (m,), precision (m,), average precision.
-    """
+    -> recall (m,), precision (m,), average precision."""
     features = F.normalize(features, dim=-1)
     cosines = torch.einsum("npd,nqd->npq", features, features[partner])
     usable = (labels >= 0)[:, :, None] & (labels >= 0)[partner][:, None]
