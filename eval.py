@@ -904,12 +904,10 @@ def import_official(options):
     for file in files:
         content = common.read_tensors(file)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        for key, value in list(content.items()):  # HP: one dictionary per module
-            if isinstance(value, dict):
-                prefix = "" if key == "net_model_state_dict" else f"{key}."
-                content |= {prefix + name: tensor for name, tensor in value.items()}
-        for key, value in content.items():
-            key = str(key).removeprefix("module.")
+        nested = {f"{key}.{name}": tensor for key, part in content.items() if isinstance(part, dict)
+                  for name, tensor in part.items()}  # HP: one dictionary per module
+        for key, value in {**content, **nested}.items():
+            key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
             old = next((old for old in OFFICIAL[method] if key.startswith(old)), None)
             if torch.is_tensor(value) and old is not None:
                 tensors[OFFICIAL[method][old] + key[len(old):]] = value.clone().float()
@@ -1014,16 +1012,14 @@ def segment(folder, options, device):
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
-    model, args, _ = load_run(folder, device, options.root, options.weights)
+    model, args = open_run(folder, options, device)
     ids, names, palette = label_names(folder, model, options)
     size = getattr(args, "eval_size", args.size) if options.size is None else options.size
     counts, failed = torch.zeros(len(names), dtype=torch.long, device=device), []
-    for file, name in tqdm(inputs[common.rank()::common.world()], "segmentation", unit="image", leave=False,
-                           disable=common.rank() > 0, dynamic_ncols=True):
+    for file, name in progress(inputs[common.rank()::common.world()], "segmentation", "image"):
         try:
             image, photo = read_picture(file, size)
-        # Pillow raises nearly anything for a broken file, and the others must go on
-        except Exception as error:
+        except Exception as error:  # Pillow raises nearly anything, and the other files must go on
             failed.append((str(file), f"{type(error).__name__}: {error}"))
             continue
         image, shape = image[None].to(device), photo.shape[:2]
@@ -1125,13 +1121,12 @@ def path_picture(model, item, named, device):
     image = item["image"][None].to(device)
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
     code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
-    raw = paint(found.numpy(), distinct(len(ids)))
     stations = [("image", item["image"], photo_of(item)), ("features", feats, principal_colours([feats])[0]),
-                ("code", code, principal_colours([code])[0]), ("clusters", found, raw),
-                ("classes", found, paint(ids[found].numpy(), palette)),
-                ("ground truth", item["label"], paint(item["label"].numpy(), palette))]
-    labelled = item["label"][item["label"] >= 0]
-    seen = sorted({*ids[found].unique().tolist(), *labelled.unique().tolist()})
+                ("code", code, principal_colours([code])[0]),
+                ("clusters", found, paint(found, distinct(len(ids)))),
+                ("classes", found, paint(ids[found], palette)),
+                ("ground truth", item["label"], paint(item["label"], palette))]
+    seen = sorted({*ids[found].unique().tolist(), *item["label"].unique().tolist()} - {-1})
     row = [fit(picture, 180) for _, _, picture in stations]
     titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
     return sheet([row], titles, [names[i] for i in seen], palette[seen])
@@ -1216,13 +1211,14 @@ def look_inside(options, device):
     if options.path:
         saved = saved_scores(Path(run) / "scores.json") if run else {}
         if not saved or model is backbone:
-            raise ValueError("--path needs a scored run with a backbone: run python eval.py RUN first")
+            raise ValueError("--path needs a run with a frozen backbone, scored before by python eval.py RUN")
         item = val[evenly(1, len(val))[0]]
         write("path.png", path_picture(model, item, saved_naming(saved), device))
     if not options.neighbors and not options.pr_curve:
         return code
     if not val.classes or len(val) < 2:
-        raise ValueError(f"{val.name}: to compare correspondences takes labels and two images")
+        raise ValueError(f"--neighbors and --pr-curve take a data set with labels and two images or more; "
+                         f"{val.name} has {len(val)}, with {val.classes} classes")
     features, labels, means = sample_points(backbone, val, device, patch_of(model), points=100)
     if options.neighbors:
         counts = confused(features, labels, means, val.classes)
