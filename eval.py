@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+from crf import dense_crf
 
 # ---------------------------------------------------------------- probes
 
@@ -45,8 +46,7 @@ class ClusterProbe(nn.Module):
 
     code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of each pixel to its
     nearest centre, so the gradient reaches only that centre. The code is detached: the probe never moves the
-    head.
-    """
+    head."""
 
     def __init__(self, width, clusters):
         super().__init__()
@@ -62,8 +62,7 @@ class LinearProbe(nn.Conv2d):
     """A 1x1 convolution: code (B,K,h,w) -> logits (B,classes,h,w). Give it `code.detach()`.
 
     It starts at zero, as a convex problem may, and so draws no random number: with or without labels,
-    everything else in a run stays the same bit for bit.
-    """
+    everything else in a run stays the same bit for bit."""
 
     def __init__(self, width, classes):
         super().__init__(width, classes, 1)
@@ -77,8 +76,7 @@ def linear_loss(logits, label):
     """Mean cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W), over pixels with 0 <= label < C.
 
     With several processes it is scaled such that the mean over processes is the mean over all their pixels.
-    Without any labelled pixel it is 0.
-    """
+    Without any labelled pixel it is 0."""
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
     count = common.reduce_sum((label >= 0).sum()).clamp(min=1)
@@ -91,8 +89,7 @@ def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
 
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored; extra clusters are
-    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters).
-    """
+    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters)."""
     if pred.shape != label.shape:
         raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: expected one shape")
     valid = (label >= 0) & (label < classes)
@@ -107,8 +104,7 @@ def confusion_matrix(pred, label, clusters, classes):
 def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
 
-    The one-to-one matching with the largest number of matched pixels.
-    """
+    The one-to-one matching with the largest number of matched pixels."""
     rows, columns = linear_sum_assignment(confusion.cpu().numpy(), maximize=True)
     assignment = torch.full((len(confusion),), -1)
     assignment[torch.from_numpy(rows)] = torch.from_numpy(columns)
@@ -132,8 +128,7 @@ def scores(confusion):
 
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor
     labels (iou) or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes
-    that have an IoU.
-    """
+    that have an IoU."""
     counts = confusion.cpu().double()
     classes = counts.shape[1]
     right, pixels, predicted = counts.diagonal(), counts.sum(0), counts.sum(1)[:classes]
@@ -192,17 +187,17 @@ def patch_of(model):
 
 
 def encode(model, images, flip=False, tile=None):
-    """images (B,3,H,W), sides multiples of the patch -> code (B,K,h,w).
+    """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
 
     flip: the mean of the code and the mirrored code of the mirrored image. tile: in overlapping squares of
-    that many pixels, blended, for images whose attention would not fit into memory.
-    """
+    that many pixels, blended, for images whose attention would not fit into memory."""
+    patch, total, weight = patch_of(model), None, None
+    images = padded(images, patch)
     if flip:
         return (encode(model, images, tile=tile) + encode(model, images.flip(-1), tile=tile).flip(-1)) / 2
     height, width = images.shape[-2:]
     if not tile or max(height, width) <= tile:
         return model(images).float()
-    patch, total, weight = patch_of(model), None, None
     (tops, rows), (lefts, columns) = (tile_positions(side, tile, patch) for side in (height, width))
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
@@ -236,9 +231,8 @@ def tile_ramp(start, length, side, tile, cell):
 
 def upsample(x, size, shape):
     """x (B,C,h,w), map of an image of sides `shape` (before, after padding) -> image part (B,C,*size)."""
-    (height, width), (inner_height, inner_width), (outer_height, outer_width) = size, *shape
-    full = round(height * outer_height / inner_height), round(width * outer_width / inner_width)
-    return F.interpolate(x, full, mode="bilinear")[..., :height, :width]
+    full = [round(side * outer / inner) for side, inner, outer in zip(size, *shape)]
+    return F.interpolate(x, full, mode="bilinear")[..., :size[0], :size[1]]
 
 
 def chunks(count, size, limit=2 ** 26):
@@ -267,25 +261,18 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None):
     which no arg-max over centres sees: the few score maps are upsampled instead of the wide code, with the
     same result.
     flip, tile: see `encode`. crf: the fully connected CRF on log-softmax(alpha * cosine), with the model's
-    alpha, and on log-softmax(logits), as published.
-    """
+    alpha, and on log-softmax(logits), as published."""
     size = tuple(size or images.shape[-2:])
-    large = padded(images, patch_of(model))
-    shape = images.shape[-2:], large.shape[-2:]
-    return label_pixels(model, encode(model, large, flip, tile), images, size, shape, crf)
-
-
-def label_pixels(model, code, images, size, shape, crf=False):
-    """The second half of `predict`: the probes, on a code (B,K,h,w) that covers the padded image."""
+    shape = images.shape[-2:], padded(images, patch_of(model)).shape[-2:]
+    code = encode(model, images, flip, tile)                                                  # (B,K,h,w)
     maps = {"cluster": torch.einsum("bkhw,ck->bchw", code, F.normalize(model.cluster.clusters, dim=1))}
     if model.linear is not None:
         maps["linear"] = model.linear(code)
+    result = {"linear": None}
     if not crf:
-        return {"linear": None, **{head: arg_max(scores, size, shape) for head, scores in maps.items()}}
-    from crf import dense_crf
+        return result | {head: arg_max(low, size, shape) for head, low in maps.items()}
     rgb = (images * data.STD.to(images) + data.MEAN.to(images)).clamp(0, 1)
     rgb = (F.interpolate(rgb, size, mode="bilinear") * 255).round().byte()
-    result = {"linear": None}
     for head, low in maps.items():
         logits = upsample(low, size, shape)
         if head == "cluster":  # here the length does matter
@@ -300,24 +287,25 @@ def label_pixels(model, code, images, size, shape, crf=False):
 
 # ---------------------------------------------------------------- evaluation
 
+def progress(items, what, unit):
+    return tqdm(items, what, unit=unit, leave=False, disable=common.rank() > 0, dynamic_ncols=True)
+
+
 def batches(dataset, size, workers=0, what="evaluation"):
     """This process's share of the batches of a data set, in order, as lists of items.
 
-    A batch is the same for any number of processes, so that rounding, and with it every count, is too.
-    """
+    A batch is the same for any number of processes, so that rounding, and with it every count, is too."""
     keys = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys[common.rank()::common.world()], collate_fn=list, num_workers=workers,
         worker_init_fn=common.quiet_worker, generator=torch.Generator())  # its own: ours stays untouched
-    return tqdm(loader, desc=what, unit="batch", leave=False, disable=common.rank() > 0, dynamic_ncols=True)
+    return progress(loader, what, "batch")
 
 
 def same_size(items):
     """Consecutive items of one size as batches: some protocols keep each photo's own shape."""
     for _, group in itertools.groupby(items, key=lambda item: (item["image"].shape, item["label"].shape)):
-        group = list(group)
-        yield {key: torch.stack([item[key] for item in group]) if torch.is_tensor(group[0][key])
-               else [item[key] for item in group] for key in group[0]}
+        yield torch.utils.data.default_collate(list(group))
 
 
 @torch.no_grad()
@@ -329,8 +317,7 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     (len(watch),clusters,classes) the counts of single images, "failed": [(path, reason)]}, summed over
     processes. predictions are rows. A data set without labels is counted as one class, so that the row sums
     say how many pixels a cluster has. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster.clusters
-    (clusters,K), .linear (module or None), .alpha.
-    """
+    (clusters,K), .linear (module or None), .alpha."""
     model.eval()
     classes, clusters = max(dataset.classes, 1), len(model.cluster.clusters)
     counts = {"cluster": torch.zeros(clusters, classes, dtype=torch.long, device=device),
@@ -347,7 +334,7 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
             counts["cluster"] += confusion_matrix(found["cluster"], label, clusters, classes)
             if linear:
                 counts["linear"] += confusion_matrix(found["linear"], label, classes, classes)
-            for pred, true, index in zip(found["cluster"], label, batch["index"]):
+            for pred, true, index in zip(found["cluster"], label, batch["index"].tolist()):
                 if index in place:
                     counts["watched"][place[index]] = confusion_matrix(pred, true, clusters, classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
@@ -381,12 +368,9 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
     -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none, mean features of the
     images (n,D). Cells and not interpolated pixels: mixtures at borders would cost the baseline six points of
-    mIoU on the scenes.
-    """
-    features, labels, means = [], [], []
-    generator = torch.Generator().manual_seed(seed)
-    for index in tqdm(evenly(images, len(dataset)), "features", leave=False, disable=common.rank() > 0,
-                      dynamic_ncols=True):
+    mIoU on the scenes."""
+    found, generator = [], torch.Generator().manual_seed(seed)
+    for index in progress(evenly(images, len(dataset)), "features", "image"):
         item = dataset[index]
         if item["error"]:
             continue
@@ -397,20 +381,17 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
         rows, columns = rows[rows < label.shape[0]], columns[columns < label.shape[1]]
         cell = torch.randint(len(rows) * len(columns), (points,), generator=generator)
         y, x = cell // len(columns), cell % len(columns)
-        features.append(feats[:, y, x].T)
-        labels.append(label[rows[y], columns[x]].to(device))
-        means.append(feats.mean((1, 2)))
-    if not features:
+        found.append((feats[:, y, x].T, label[rows[y], columns[x]].to(device), feats.mean((1, 2))))
+    if not found:
         raise OSError(f"no image of {dataset.name} could be read")
-    return torch.stack(features), torch.stack(labels), torch.stack(means)
+    return tuple(map(torch.stack, zip(*found)))
 
 
 def fit_probes(encoder, images, clusters, device, patch=1, seed=0, linear=False):
     """An encoder with probes fitted on its features of the data set `images` (a sample of it).
 
     -> `Clustered` with spherical K-means centres and, on request, a linear probe; counts (clusters,classes)
-    of the sampled cells by cluster and label, or None without labels.
-    """
+    of the sampled cells by cluster and label, or None without labels."""
     features, labels, _ = sample_points(encoder, images, device, patch, seed=seed)
     features, labels = features.flatten(0, 1), labels.flatten()
     model = Clustered(encoder, patch, kmeans(features, clusters, seed=seed))
@@ -452,8 +433,7 @@ def fit_linear(features, labels, classes):
         loss = loss + 1e-4 * probe.weight.square().sum()
         loss.backward()
         return loss
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     weight = probe.weight.data[:, :, 0, 0] / deviation  # for features as they come
     probe.bias.data -= weight @ mean
     probe.weight.data = weight[:, :, None, None]
@@ -462,8 +442,7 @@ def fit_linear(features, labels, classes):
 
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> confusion (clusters,classes) on val."""
-    with torch.no_grad():
-        model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
+    model, _ = fit_probes(encoder, images, clusters, run.device, patch, run.args.seed)
     return evaluate(model, val, run.device, workers=run.args.workers or 0, what="k-means")["cluster"]
 
 
@@ -471,11 +450,9 @@ def baseline(run, encoder, images, val, clusters, patch=1):
 
 def distinct(count, first=()):
     """`count` colours (count,3) uint8, each as far as can be in CIELAB from all before it and `first`."""
-    steps = np.linspace(30, 250, 8)
-    rgb = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    lab = to_lab(rgb)
-    chosen = list(np.asarray(first, float).reshape(-1, 3)) + [np.array([0, 0, 0]), np.array([255, 255, 255])]
-    distance = ((lab[:, None] - to_lab(np.array(chosen))[None]) ** 2).sum(-1).min(1)
+    rgb = np.linspace(30, 250, 8)[np.indices((8, 8, 8)).reshape(3, -1).T]                     # (512,3)
+    lab, taken = to_lab(rgb), np.concatenate([np.reshape(first, (-1, 3)), [[0] * 3, [255] * 3]])
+    distance = ((lab[:, None] - to_lab(taken)) ** 2).sum(-1).min(1)
     colours = []
     for _ in range(count):
         i = distance.argmax()
@@ -486,9 +463,8 @@ def distinct(count, first=()):
 
 def to_lab(rgb):
     """sRGB (n,3) in 0..255 -> CIELAB (n,3), where distances are roughly those the eye sees."""
-    linear = (rgb / 255) ** 2.2
-    # white = 1
-    xyz = linear @ np.array([[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])
+    xyz = (rgb / 255) ** 2.2 @ np.array(  # white = 1
+        [[.4339, .2126, .0178], [.3762, .7152, .1095], [.1899, .0722, .8727]])
     f = np.cbrt(xyz)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
@@ -497,16 +473,14 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def text_size(text, size):
-    left, top, right, bottom = font(size).getbbox(text)
-    return math.ceil(right), math.ceil(bottom)
+def text_width(text, size):
+    return math.ceil(font(size).getbbox(text)[2])
 
 
 def naming(assignment, names, palette):
     """Name and colour of every cluster -> ids (clusters,), names, palette (n,3).
 
-    A matched cluster takes the id, name and colour of its class; the others follow behind the classes.
-    """
+    A matched cluster takes the id, name and colour of its class; the others follow behind the classes."""
     free = (assignment < 0).nonzero().flatten().tolist()
     ids = assignment.clone()
     ids[free] = torch.arange(len(names), len(names) + len(free))
@@ -520,24 +494,17 @@ def paint(ids, palette):
     return np.concatenate([palette, np.zeros((1, 3), np.uint8)])[np.asarray(ids)]
 
 
-def outline(ids):
-    """(H,W) -> bool (H,W): the pixel differs from its right or lower neighbour."""
-    ids, edge = np.asarray(ids), np.zeros(np.shape(ids), bool)
-    edge[:, :-1] |= ids[:, 1:] != ids[:, :-1]
-    edge[:-1] |= ids[1:] != ids[:-1]
-    return edge
-
-
-def overlay(photo, ids, palette, strength=0.5):
+def overlay(photo, ids, palette):
     """photo uint8 (H,W,3) tinted by the colours of ids (H,W), with outlines at full resolution."""
-    tinted = (1 - strength) * photo + strength * paint(ids, palette)
-    tinted[outline(ids)] = paint(ids, palette)[outline(ids)] * 0.4 + 153  # bright edge in the segment's hue
+    colour = paint(ids, palette)
+    edge = (np.diff(ids, axis=0, append=ids[-1:]) != 0) | (np.diff(ids, axis=1, append=ids[:, -1:]) != 0)
+    tinted = np.where(edge[..., None], 0.4 * colour + 153, 0.5 * colour + 0.5 * photo)  # edges: same hue
     return tinted.round().astype(np.uint8)
 
 
 def legend(names, palette, width, size=14):
     """A picture of colour swatches with names, in columns as wide as the longest name."""
-    column = max([text_size(name, size)[0] for name in names], default=0) + 2 * size + 16
+    column = max((text_width(name, size) for name in names), default=0) + 2 * size + 16
     columns = max(1, min(len(names), (width - 12) // column))
     rows, step = -(-len(names) // columns), size + 10
     sheet = Image.new("RGB", (max(width, column + 12), rows * step + 12), "white")
@@ -550,34 +517,26 @@ def legend(names, palette, width, size=14):
 
 
 def sheet(rows, titles, names, palette, captions=()):
-    """Rows of uint8 pictures (H,W,3) under column titles, with a caption over each row and a legend below."""
-    size = 14
-    cells = [[Image.fromarray(np.asarray(cell)) for cell in row] for row in rows]
-    widths = [max(text_size(title, size)[0], *(cell.width for cell in column))
-              for title, column in zip(titles, zip(*cells))]
-    head = 22 if captions else 6
-    key = legend(names, palette, max(sum(widths) + 6 * (len(titles) + 1), 320))
-    height = 24 + sum(max(cell.height for cell in row) + head for row in cells)
+    """Rows of pictures as `fit` gives them under column titles, captions over the rows, a legend below."""
+    widths = [max(text_width(title, 14), *(cell.width for cell in column))
+              for title, column in zip(titles, zip(*rows))]
+    *lefts, width = itertools.accumulate((w + 6 for w in widths), initial=6)
+    head, gap = (22, 0) if captions else (0, 6)
+    key = legend(names, palette, max(width, 320))
+    height = 24 + sum(head + max(cell.height for cell in row) + gap for row in rows)
     picture = Image.new("RGB", (key.width, height + key.height), "white")
     draw, y = ImageDraw.Draw(picture), 24
-    for c, title in enumerate(titles):
-        draw.text((6 + sum(widths[:c]) + 6 * c, 12), title, "black", font(size), "lm")
-    for r, row in enumerate(cells):
-        if captions:
-            caption = shorten(captions[r], picture.width - 12, 12)
-            draw.text((6, y + head // 2), caption, "black", font(12), "lm")
-        for c, cell in enumerate(row):
-            picture.paste(cell, (6 + sum(widths[:c]) + 6 * c, y + head - (0 if captions else 6)))
-        y += max(cell.height for cell in row) + head
+    for x, title in zip(lefts, titles):
+        draw.text((x, 12), title, "black", font(14), "lm")
+    for row, text in zip(rows, captions or [""] * len(rows)):
+        while text_width(text, 12) > picture.width - 12:  # the end of a path says more than its start
+            text = "..." + text[4:]
+        draw.text((6, y + 11), text, "black", font(12), "lm")
+        for x, cell in zip(lefts, row):
+            picture.paste(cell, (x, y + head))
+        y += head + max(cell.height for cell in row) + gap
     picture.paste(key, (0, y))
     return picture
-
-
-def shorten(text, width, size):
-    """The end of a text, if it is too long for `width` pixels: the end of a path says more than its start."""
-    while text_size(text, size)[0] > width and len(text) > 4:
-        text = "..." + text[4:]
-    return text
 
 
 def confusion_picture(confusion, names, title,
@@ -588,24 +547,24 @@ def confusion_picture(confusion, names, title,
     counts = confusion[:len(columns)].double().cpu().T.numpy()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size, cell = (14, 42) if classes <= 12 else (13, 30)
-    left = max(text_size(name, size)[0] for name in names) + text_size("100.0 %", size)[0] + 24
-    top = max(text_size(name, size)[0] for name in columns) + 58
-    width = max(left + cell * len(columns) + 12, text_size(title, 16)[0] + 24, text_size(note, 12)[0] + 24)
+    amount = text_width("100.0 %", size)  # as wide as any share of the pixels
+    left = max(text_width(name, size) for name in names) + amount + 24
+    top = max(text_width(name, size) for name in columns) + 58
+    width = max(left + cell * len(columns) + 12, text_width(title, 16) + 24, text_width(note, 12) + 24)
     picture = Image.new("RGB", (width, top + cell * classes + 12), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((10, 8), title, "black", font(16))
     draw.text((10, 32), note, "black", font(12))
+    upwards = ImageFont.TransposedFont(font(size), Image.Transpose.ROTATE_90)
     for c, name in enumerate(columns):
-        width, height = text_size(name, size)
-        label = Image.new("RGB", (width + 2, height + 6), "white")
-        ImageDraw.Draw(label).text((0, 0), name, "black", font(size))
-        label = label.rotate(90, expand=True)
-        picture.paste(label, (left + c * cell + (cell - label.width) // 2, top - label.height - 4))
+        _, ascent, width, height = map(math.ceil, font(size).getbbox(name))
+        x = left + c * cell + (cell - 6 - height) // 2 + ascent
+        draw.text((x, top - 4 - width), name, "black", upwards)
     for r, name in enumerate(names):
         y = top + r * cell
-        amount = f"{100 * counts[r].sum() / max(counts.sum(), 1):.1f} %"
-        draw.text((left - 10, y + cell // 2), amount, "grey", font(size), "rm")
-        draw.text((left - 18 - text_size("100.0 %", size)[0], y + cell // 2), name, "black", font(size), "rm")
+        text = f"{100 * counts[r].sum() / max(counts.sum(), 1):.1f} %"
+        draw.text((left - 10, y + cell // 2), text, "grey", font(size), "rm")
+        draw.text((left - 18 - amount, y + cell // 2), name, "black", font(size), "rm")
         for c in range(len(columns)):
             x, value = left + c * cell, share[r, c]
             shade = tuple(int(255 - value * (255 - low)) for low in (8, 64, 129))  # white to dark blue
@@ -626,30 +585,27 @@ def photo_of(item):
 
 
 def fit(picture, height=240, mode=Image.Resampling.NEAREST):
-    """Resize a uint8 picture (H,W,3) to this height."""
+    """uint8 (H,W,3) -> Pillow picture of this height."""
     image = Image.fromarray(picture)
-    return np.asarray(image.resize((max(1, round(image.width * height / image.height)), height), mode))
+    return image.resize((max(1, round(image.width * height / image.height)), height), mode)
 
 
 def samples(models, dataset, device, indices, namings, captions=()):
     """A sheet of photo, ground truth (where there are labels) and one prediction per (title, model).
 
-    namings: what `naming` gave for each model; the colours of the first serve the ground truth.
-    """
+    namings: what `naming` gave for each model; the colours of the first serve the ground truth."""
     rows, seen = [], {}
     for index in indices:
         item = dataset[index]
-        label = item["label"].where(item["label"] < max(dataset.classes, 1), -1).numpy()
         row = [fit(photo_of(item), mode=Image.Resampling.BILINEAR)]
-        if dataset.classes:
-            row.append(fit(paint(label, namings[0][2])))
-            seen |= {i: (namings[0][1][i], namings[0][2][i]) for i in np.unique(label[label >= 0]).tolist()}
-            seen |= {-1: ("not labelled", (0, 0, 0))} if (label < 0).any() else {}
-        for (_, model), (ids, names, palette) in zip(models, namings):
-            found = predict(model, item["image"][None].to(device), label.shape)["cluster"][0].cpu()
-            found = ids[found].numpy()
-            row.append(fit(paint(found, palette)))
-            seen |= {i: (names[i], palette[i]) for i in np.unique(found).tolist()}
+        maps = [(item["label"], namings[0])] * (dataset.classes > 0)
+        for (_, model), named in zip(models, namings):
+            found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0].cpu()
+            maps.append((named[0][found], named))
+        for ids, (_, names, palette) in maps:
+            row.append(fit(paint(ids, palette)))
+            entries = [*zip(names, palette), ("not labelled", (0, 0, 0))]  # the last: -1
+            seen |= {i: entries[i] for i in ids.unique().tolist()}
         rows.append(row)
     names, palette = zip(*(seen[i] for i in sorted(seen, key=lambda i: (i < 0, i))))
     titles = ["photo", *["ground truth"] * (dataset.classes > 0), *(title for title, _ in models)]
@@ -687,11 +643,7 @@ def table(results, names):
 
 def plain(x):
     """Scores as JSON takes them: tensors as lists, NaN as null."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if torch.is_tensor(x) or isinstance(x, (list, tuple)):
-        return [plain(value) for value in (x.tolist() if torch.is_tensor(x) else x)]
-    return None if isinstance(x, float) and math.isnan(x) else x
+    return json.loads(json.dumps(x, default=torch.Tensor.tolist), parse_constant=lambda name: None)
 
 
 def evenly(count, total):
@@ -705,20 +657,17 @@ def finish(run, model, images, val, encode=None):
 
     images: the train split, on which the baseline's K-means is fitted. encode: (B,3,H,W) -> features
     (B,D,h,w) for the baseline, default the model's backbone. Returns the exit code: 1 if some image could not
-    be read, else 0.
-    """
+    be read, else 0."""
     if run.args.bench:
         return 0
     images.read_images = True  # the baseline looks at them again
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else None
-    workers = run.args.workers or 0
-    result = evaluate(model, val, run.device, workers=workers, watch=evenly(200, len(val)))
+    result = evaluate(model, val, run.device, workers=run.args.workers or 0, watch=evenly(200, len(val)))
     shown = heads(result, val)
     if val.classes:
         raw = baseline(run, encode or model.backbone, images, val, run.args.clusters, patch_of(model))
         shown["kmeans"] = scores(matched(raw, hungarian(raw)))
-    if run.rank == 0:
-        report(run.folder, model, val, run.device, result, shown, seconds=seconds)
+    report(run.folder, model, val, run.device, result, shown, seconds=seconds)
     return 1 if result["failed"] else 0
 
 
@@ -734,18 +683,17 @@ def heads(result, val, suffix=""):
     return shown
 
 
-def matching(result, val):
-    """The class of each cluster, -1 = none, as the Hungarian matching of these counts has it."""
-    return hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
-
-
 TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-means, raw"}
 
 
 def report(folder, model, val, device, result, shown, prefix="", **more):
-    """Print the table of `shown`; write scores.json, samples, best_and_worst and confusion.png."""
-    assignment = matching(result, val)
-    ids, names, palette = naming(assignment, val.names, val.palette)
+    """Process 0 prints the table of `shown`, writes scores.json, samples, best_and_worst and confusion.png.
+
+    -> what `naming` gave."""
+    assignment = hungarian(result["cluster"]) if val.classes else torch.full((len(result["cluster"]),), -1)
+    named = ids, names, palette = naming(assignment, val.names, val.palette)
+    if common.rank() > 0:
+        return named
     print(f"\n{val.name} {val.split}, {len(val) - len(result['failed'])} images")
     print(table({TITLES.get(key, key): value for key, value in shown.items()}, val.names) if shown else
           "no labels, hence no scores; the pictures show what was found")
@@ -755,10 +703,10 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
     path = folder / f"{prefix}scores.json"
-    before = json.loads(path.read_text()) if path.exists() else {}  # a method's own rows, other variants
-    common.write(path, json.dumps({**before, **plain(content)}, indent=1).encode())
-    pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
-                                       [(ids, names, palette)])}
+    content = {**saved_scores(path), **plain(content)}  # a method's own rows and other variants stay
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write(path, json.dumps(content, indent=1).encode())
+    pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)), [named])}
     if shown:
         right = torch.stack([matched(counts, assignment).diagonal().sum() for counts in result["watched"]])
         share = (right / result["watched"].sum((1, 2))).cpu()
@@ -766,7 +714,7 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
         order = [i for i in share.argsort(descending=True).tolist() if share[i].isfinite()]
         order = order if len(order) < 6 else order[:3] + order[-3:]
         pictures["best_and_worst.png"] = samples(
-            [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
+            [("prediction", model)], val, device, [watched[i] for i in order], [named],
             [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
         pictures["confusion.png"] = confusion_picture(
             matched(result["cluster"], assignment), val.names,
@@ -774,6 +722,17 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
     print("wrote " + ", ".join(str(folder / (prefix + name)) for name in ["scores.json", *pictures]))
+    return named
+
+
+def saved_scores(path):
+    """What a scores.json holds; nothing where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def saved_naming(saved):
+    """What `naming` gave when a run was scored, from its scores.json."""
+    return torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
 
 
 def write_png(path, picture):
@@ -790,8 +749,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
 
     The model is rebuilt by the file of its method from the checkpoint's options alone. root, weights: where
     data and backbone lie on this machine, if elsewhere than at training. Raises FileNotFoundError or
-    ValueError with one line.
-    """
+    ValueError with one line."""
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
         raise ValueError(f"{folder}: {checkpoint['method']!r} is none of {', '.join(common.METHODS)}")
@@ -805,11 +763,17 @@ def load_run(folder, device="cpu", root=None, weights=None):
 
 
 def open_run(folder, options, device):
-    return load_run(folder, device, None if options.data else options.root, options.weights)
+    """-> model, its options; without a folder, the raw backbone of --arch and what options it needs."""
+    if folder:
+        return load_run(folder, device, None if options.data else options.root, options.weights)[:2]
+    name = options.data or "scenes"
+    args = argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
+    return common.load_backbone(options.arch, options.weights, options.depth).to(device), args
 
 
-def load_data(options, args, split, patch):
+def load_data(options, args, split, model):
     """The data set that a run is scored on: its own, unless --data names another."""
+    patch = patch_of(model)
     name, size = options.data or args.data, options.size or getattr(args, "eval_size", args.size)
     protocol = options.protocol or (None if options.data else args.protocol)
     size = -(-size // patch) * patch
@@ -817,34 +781,33 @@ def load_data(options, args, split, patch):
 
 
 def score_run(folder, options, device):
-    """`python eval.py RUN` -> options of the run, scores, exit code; writes into its folder."""
-    model, args, _ = open_run(folder, options, device)
-    patch, folder = patch_of(model), Path(folder)
-    val = load_data(options, args, options.split, patch)
+    """`python eval.py RUN` -> options of the run, scores, exit code, (model, val, naming).
+
+    Writes into the run's folder, beside its own scores.json where it is scored in another way."""
+    model, args = open_run(folder, options, device)
+    val = load_data(options, args, options.split, model)
     other = options.data not in (None, args.data)
     if other:  # its classes are not the run's
         model.linear = None
-    prefix = f"{val.name}-" * other + f"{options.split}-" * (options.split != "val") + "".join(
-        # beside the run's own scores.json
-        f"{value}-" for value in (options.size, options.protocol) if value)
+    unusual = val.name * other, options.split * (options.split != "val"), options.size, options.protocol
+    prefix = "".join(f"{value}-" for value in unusual if value)
     count = dict(workers=options.workers, batch_size=options.batch_size)
     result = evaluate(model, val, device, watch=evenly(200, len(val)), **count)
-    shown, code = heads(result, val), 1 if result["failed"] else 0
+    shown = heads(result, val)
     if options.flip or options.crf:
         suffix = " + flip" * options.flip + " + CRF" * options.crf
         more = evaluate(model, val, device, options.flip, options.crf, what=suffix[3:], **count)
         shown |= heads(more, val, suffix)
     if val.classes and (options.clusters or other):
-        train = load_data(options, args, "train", patch)
+        train = load_data(options, args, "train", model)
         clusters = options.clusters or val.classes
         shown |= fitted_on_code(model, train, val, device, clusters, other, args.seed, count)
-    before = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+    before = saved_scores(Path(folder) / "scores.json")
     if before.get("kmeans") and not prefix:  # measured when training ended
-        shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value])
+        shown["kmeans"] = {key: torch.from_numpy(np.array([math.nan if x is None else x for x in value]))
                            if isinstance(value, list) else value for key, value in before["kmeans"].items()}
-    if common.rank() == 0:
-        report(folder, model, val, device, result, shown, prefix, seconds=before.get("seconds"))
-    return args, shown, code
+    named = report(Path(folder), model, val, device, result, shown, prefix, seconds=before.get("seconds"))
+    return args, shown, 1 if result["failed"] else 0, (model, val, named)
 
 
 def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
@@ -860,46 +823,37 @@ def fitted_on_code(model, train, val, device, clusters, linear, seed, count):
     return shown
 
 
-def raw_args(options):
-    """What takes the place of a run's options for a raw backbone."""
-    name = options.data or "scenes"
-    return argparse.Namespace(data=name, root=None, protocol=None, size=96 if name == "scenes" else 320)
-
-
 def score_backbone(options, device):
     """`python eval.py --arch A --data D`: K-means and linear probe on raw features, the baseline."""
-    backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
-    args = raw_args(options)
-    train, val = (load_data(options, args, split, backbone.patch) for split in ("train", options.split))
+    backbone, args = open_run(None, options, device)
+    train, val = (load_data(options, args, split, backbone) for split in ("train", options.split))
     clusters = options.clusters or val.classes or 27
     model, _ = fit_probes(backbone, train, clusters, device, backbone.patch, options.seed, linear=True)
     result = evaluate(model, val, device, options.flip, options.crf, options.batch_size, options.workers,
                       watch=evenly(200, len(val)))
     shown = {"kmeans" if key == "cluster" else key: value for key, value in heads(result, val).items()}
-    if common.rank() == 0:
-        folder = Path(options.out or f"runs/raw-{val.name}-{options.arch}")
-        folder.mkdir(parents=True, exist_ok=True)
-        report(folder, model, val, device, result, shown)
+    report(Path(options.out or f"runs/raw-{val.name}-{options.arch}"), model, val, device, result, shown)
     return 1 if result["failed"] else 0
 
 
 def compare(folders, found, markdown):
     """One line per run, and mean and deviation over the seeds of one configuration -> the table as text."""
     local = "seed out device workers resume save_every cache_features root compile json".split()
-    groups, rows = {}, []
+    groups = collections.defaultdict(list)
     for folder, (args, shown) in zip(folders, found):
         kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
-        groups.setdefault(kind, []).append((str(folder), shown))
-    columns, parts = list(dict.fromkeys(key for _, shown in found for key in shown)), ("miou", "accuracy")
+        groups[kind].append((str(folder), shown))
+    columns = list(dict.fromkeys(key for _, shown in found for key in shown))
+    rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
     for runs in groups.values():
-        numbers = np.array([[[100 * shown[key][part] if key in shown else math.nan for part in parts]
-                             for key in columns] for _, shown in runs])  # (runs, columns, 2)
+        cells = [[shown.get(key, {"miou": math.nan, "accuracy": math.nan}) for key in columns]
+                 for _, shown in runs]
+        numbers = 100 * np.array([[(cell["miou"], cell["accuracy"]) for cell in row] for row in cells])
         rows += [[folder, *(f"{a:.1f} / {b:.1f}" for a, b in row)] for (folder, _), row in zip(runs, numbers)]
         if len(runs) > 1:
             both = zip(numbers.mean(0), numbers.std(0, ddof=1))
             rows.append([f"mean of {len(runs)} seeds",
                          *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
-    rows = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)], *rows]
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -907,21 +861,14 @@ def compare(folders, found, markdown):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def side_by_side(folders, options, device):
+def side_by_side(folders, scored, path, device):
     """A picture with a column per run: the same four photos, where the runs share a data set."""
-    models, named = [], []
-    for folder in folders:
-        model, args, _ = open_run(folder, options, device)
-        val = load_data(options, args, options.split, patch_of(model))
-        if models and (val.name, len(val)) != shared:
-            print("the runs are on different data sets, so there is no picture side by side")
-            return
-        shared = val.name, len(val)
-        saved = json.loads((Path(folder) / "scores.json").read_text())
-        models.append((Path(folder).name, model))
-        named.append((torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)))
-    path = Path(options.out or folders[0]) / "side_by_side.png"
-    write_png(path, samples(models, val, device, evenly(4, len(val)), named))
+    models, sets, named = zip(*scored)
+    if len({(val.name, len(val)) for val in sets}) > 1:
+        print("the runs are on different data sets, so there is no picture side by side")
+        return
+    models = [(Path(folder).name, model) for folder, model in zip(folders, models)]
+    write_png(path, samples(models, sets[-1], device, evenly(4, len(sets[-1])), named))
     print(f"wrote {path}")
 
 
@@ -957,12 +904,10 @@ def import_official(options):
     for file in files:
         content = common.read_tensors(file)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        for key, value in list(content.items()):  # HP: one dictionary per module
-            if isinstance(value, dict):
-                prefix = "" if key == "net_model_state_dict" else f"{key}."
-                content |= {prefix + name: tensor for name, tensor in value.items()}
-        for key, value in content.items():
-            key = str(key).removeprefix("module.")
+        nested = {f"{key}.{name}": tensor for key, part in content.items() if isinstance(part, dict)
+                  for name, tensor in part.items()}  # HP: one dictionary per module
+        for key, value in {**content, **nested}.items():
+            key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
             old = next((old for old in OFFICIAL[method] if key.startswith(old)), None)
             if torch.is_tensor(value) and old is not None:
                 tensors[OFFICIAL[method][old] + key[len(old):]] = value.clone().float()
@@ -994,12 +939,11 @@ def import_official(options):
         tensors |= {key: value for key, value in common.trained(model).items()
                     if key.startswith(("teacher.", "student.")) and key not in tensors}
     own = common.trained(model)
-    for key in own:
-        # a linear head; HP's Z is not saved
+    for key, value in own.items():
         if key not in tensors and key.startswith(("head.mlp.", "project")):
-            tensors[key] = torch.zeros_like(own[key])
-        if key in tensors and tensors[key].numel() == own[key].numel():
-            tensors[key] = tensors[key].view_as(own[key])  # 1x1 convolutions as matrices
+            tensors[key] = torch.zeros_like(value)  # a linear head; HP's Z is not saved
+        if key in tensors and tensors[key].numel() == value.numel():
+            tensors[key] = tensors[key].view_as(value)  # 1x1 convolutions as matrices
     tensors = {key: value for key, value in tensors.items() if key in own}
     common.load_trained(model, tensors, ", ".join(files))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1019,8 +963,7 @@ def list_inputs(paths, out):
     """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
 
     a.jpg and a.png beside each other give a.jpg.png and a.png.png. Raises FileNotFoundError where a path is
-    missing, ValueError where a result would replace an input.
-    """
+    missing, ValueError where a result would replace an input."""
     found, several, out = [], sum(Path(path).is_dir() for path in paths) > 1, out.resolve()
     for path in map(Path, paths):
         if not path.exists():
@@ -1049,8 +992,7 @@ def list_inputs(paths, out):
 def read_picture(path, size):
     """Any image file -> normalised image (3,h,w), its shorter side `size` (0: as it is), RGB uint8 (H,W,3).
 
-    The longer side is held at eight times `size`, so that a thin strip does not fill the memory.
-    """
+    The longer side is held at eight times `size`, so that a thin strip does not fill the memory."""
     picture = data.read_image(str(path))
     small = picture
     if size:
@@ -1066,21 +1008,18 @@ def segment(folder, options, device):
     """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
 
     Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png and legend.txt
-    (id, name, share of the pixels). An unreadable file is listed, and the exit code is 1.
-    """
+    (id, name, share of the pixels). An unreadable file is listed, and the exit code is 1."""
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
-    model, args, _ = load_run(folder, device, options.root, options.weights)
+    model, args = open_run(folder, options, device)
     ids, names, palette = label_names(folder, model, options)
     size = getattr(args, "eval_size", args.size) if options.size is None else options.size
     counts, failed = torch.zeros(len(names), dtype=torch.long, device=device), []
-    for file, name in tqdm(inputs[common.rank()::common.world()], "segmentation", unit="image", leave=False,
-                           disable=common.rank() > 0, dynamic_ncols=True):
+    for file, name in progress(inputs[common.rank()::common.world()], "segmentation", "image"):
         try:
             image, photo = read_picture(file, size)
-        # Pillow raises nearly anything for a broken file, and the others must go on
-        except Exception as error:
+        except Exception as error:  # Pillow raises nearly anything, and the other files must go on
             failed.append((str(file), f"{type(error).__name__}: {error}"))
             continue
         image, shape = image[None].to(device), photo.shape[:2]
@@ -1088,7 +1027,7 @@ def segment(folder, options, device):
         found = ids.to(device)[found[options.head][0]]  # (H, W)
         counts += torch.bincount(found.flatten(), minlength=len(names))
         found = found.byte().cpu().numpy()
-        picture = Image.fromarray(found).convert("L")
+        picture = Image.fromarray(found)
         picture.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
         write_png(out / f"{name}.png", picture)
         write_png(out / f"{name}_overlay.png", Image.fromarray(overlay(photo, found, palette)))
@@ -1108,18 +1047,16 @@ def segment(folder, options, device):
 
 def label_names(folder, model, options):
     """ids of the head's outputs, names, palette: as found when the run was scored, else cluster numbers."""
-    path = Path(folder) / "scores.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    palette = np.array(saved.get("palette", []), np.uint8).reshape(-1, 3)
+    saved = saved_scores(Path(folder) / "scores.json")
+    if saved:
+        ids, names, palette = saved_naming(saved)
+    else:
+        ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.head == "linear":
         if model.linear is None or not saved.get("classes"):
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
         names = saved["classes"]
         ids, palette = torch.arange(len(names)), palette[:len(names)]
-    elif saved:
-        ids, names = torch.tensor(saved["matching"]), saved["names"]
-    else:
-        ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.names:
         given = [line.strip() for line in Path(options.names).read_text().splitlines() if line.strip()]
         if len(given) != len(names):
@@ -1136,15 +1073,14 @@ def label_names(folder, model, options):
 def embed(model, dataset, folder, device):
     """Write the code of every image of a data set as NAME.npy, float32 (K,h,w); subfolders are kept."""
     root, failed = os.path.commonpath([os.path.dirname(path) for path in dataset.paths]), []
-    for items in batches(dataset, 1, what="embedding"):
-        for item in items:
-            if item["error"]:
-                failed.append((item["path"], item["error"]))
-                continue
-            code = encode(model, padded(item["image"][None].to(device), patch_of(model)))[0]
-            path = Path(folder) / os.path.relpath(item["path"], root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_name(path.name + ".npy"), code.cpu().numpy())
+    for [item] in batches(dataset, 1, what="embedding"):
+        if item["error"]:
+            failed.append((item["path"], item["error"]))
+            continue
+        code = encode(model, item["image"][None].to(device))[0]
+        path = Path(folder) / (os.path.relpath(item["path"], root) + ".npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, code.cpu().numpy())
     failed = collect(failed)
     if common.rank() == 0:
         for path, reason in failed:
@@ -1167,14 +1103,12 @@ def principal_colours(maps):
 @torch.no_grad()
 def principal_picture(model, dataset, device):
     """Photos beside the first three principal components of their code as red, green, blue (ViCE, fig. 5)."""
-    photos, codes = [], []
-    for index in evenly(6, len(dataset)):
-        item = dataset[index]
-        code = encode(model, padded(item["image"][None].to(device), patch_of(model)))
-        photos.append(photo_of(item))
-        codes.append(F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu())
-    rows = [[fit(photo, mode=Image.Resampling.BILINEAR), fit(rgb)]
-            for photo, rgb in zip(photos, principal_colours(codes))]
+    items = [dataset[index] for index in evenly(6, len(dataset))]
+    codes = [encode(model, item["image"][None].to(device)) for item in items]
+    codes = [F.interpolate(code, item["label"].shape, mode="bilinear")[0].cpu()
+             for code, item in zip(codes, items)]
+    rows = [[fit(photo_of(item), mode=Image.Resampling.BILINEAR), fit(rgb)]
+            for item, rgb in zip(items, principal_colours(codes))]
     return sheet(rows, ["photo", "first three principal components"], [], np.zeros((0, 3)))
 
 
@@ -1182,20 +1116,18 @@ def principal_picture(model, dataset, device):
 def path_picture(model, item, named, device):
     """One image at every station from file to score, with shapes: features and codes as principal components.
 
-    named: what `naming` gives. model: a run with a backbone; `item` of a data set.
-    """
+    named: what `naming` gives. model: a run with a backbone; `item` of a data set."""
     ids, names, palette = named
-    image = padded(item["image"][None].to(device), patch_of(model))
-    feats, code = model.backbone(image)[0].cpu(), encode(model, image)[0].cpu()
-    found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0].cpu()
-    raw = paint(found.numpy(), distinct(len(ids)))
+    image = item["image"][None].to(device)
+    feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
+    code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
     stations = [("image", item["image"], photo_of(item)), ("features", feats, principal_colours([feats])[0]),
-                ("code", code, principal_colours([code])[0]), ("clusters", found, raw),
-                ("classes", found, paint(ids[found].numpy(), palette)),
-                ("ground truth", item["label"], paint(item["label"].numpy(), palette))]
-    labelled = item["label"][item["label"] >= 0]
-    seen = sorted({*ids[found].unique().tolist(), *labelled.unique().tolist()})
-    row = [fit(picture, 180, Image.Resampling.NEAREST) for _, _, picture in stations]
+                ("code", code, principal_colours([code])[0]),
+                ("clusters", found, paint(found, distinct(len(ids)))),
+                ("classes", found, paint(ids[found], palette)),
+                ("ground truth", item["label"], paint(item["label"], palette))]
+    seen = sorted({*ids[found].unique().tolist(), *item["label"].unique().tolist()} - {-1})
+    row = [fit(picture, 180) for _, _, picture in stations]
     titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
     return sheet([row], titles, [names[i] for i in seen], palette[seen])
 
@@ -1210,8 +1142,7 @@ def confused(features, labels, means, classes, k=7, share=0.1):
     """Which classes the strongest correspondences between neighbouring images join (STEGO A.6, figure 10).
 
     features (n,P,D), labels (n,P), means (n,D) from `sample_points` -> counts (classes,classes) of the
-    strongest `share` of all point pairs between each image (columns) and its k nearest neighbours (rows).
-    """
+    strongest `share` of all point pairs between each image (columns) and its k nearest neighbours (rows)."""
     counts = torch.zeros(classes, classes, dtype=torch.long, device=features.device)
     for i, others in enumerate(neighbors(means, k)):
         for j in others:
@@ -1226,8 +1157,7 @@ def precision_recall(features, labels, partner):
     """Cosines of point pairs as predictors of "same class" (STEGO, figure 3).
 
     features (n,P,D), labels (n,P), partner (n,): the image that each is paired with, for instance itself
-    -> recall (m,), precision (m,), average precision.
-    """
+    -> recall (m,), precision (m,), average precision."""
     features = F.normalize(features, dim=-1)
     cosines = torch.einsum("npd,nqd->npq", features, features[partner])
     usable = (labels >= 0)[:, :, None] & (labels >= 0)[partner][:, None]
@@ -1264,32 +1194,33 @@ def curve_picture(curves, title, size=420):
 
 
 def look_inside(options, device):
-    """--embed, --pca, --neighbors, --pr-curve: on the val split, of a run or of a raw backbone."""
-    if options.runs:
-        model, args, _ = open_run(options.runs[0], options, device)
-        backbone, folder = getattr(model, "backbone", None) or model, Path(options.runs[0])
-    else:
-        model = backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
-        args = raw_args(options)
-        folder = Path(f"runs/raw-{Path(args.data).name}-{options.arch}")
-    folder = Path(options.out or folder)
-    val, patch, code = load_data(options, args, options.split, patch_of(model)), patch_of(model), 0
+    """--embed, --pca, --path, --neighbors, --pr-curve: on one split, of a run or of a raw backbone."""
+    run = options.runs[0] if options.runs else None
+    model, args = open_run(run, options, device)
+    backbone = getattr(model, "backbone", None) or model
+    folder = Path(options.out or run or f"runs/raw-{Path(args.data).name}-{options.arch}")
+    val, code = load_data(options, args, options.split, model), 0
+
+    def write(name, picture):
+        write_png(folder / name, picture)
+        print(f"wrote {folder / name}")
     if options.embed:
         code = embed(model, val, options.embed, device)
     if options.pca:
-        write_png(folder / "pca.png", principal_picture(model, val, device))
-        print(f"wrote {folder / 'pca.png'}")
+        write("pca.png", principal_picture(model, val, device))
     if options.path:
-        if not options.runs or not (folder / "scores.json").exists() or not hasattr(model, "backbone"):
-            raise ValueError("--path needs a scored run with a backbone: run python eval.py RUN first")
-        saved = json.loads((folder / "scores.json").read_text())
-        named = torch.tensor(saved["matching"]), saved["names"], np.array(saved["palette"], np.uint8)
-        write_png(folder / "path.png", path_picture(model, val[evenly(1, len(val))[0]], named, device))
-        print(f"wrote {folder / 'path.png'}")
-    if (options.neighbors or options.pr_curve) and not val.classes:
-        raise ValueError(f"{val.name} has no labels to compare correspondences with")
+        saved = saved_scores(Path(run) / "scores.json") if run else {}
+        if not saved or model is backbone:
+            raise ValueError("--path needs a run with a frozen backbone, scored before by python eval.py RUN")
+        item = val[evenly(1, len(val))[0]]
+        write("path.png", path_picture(model, item, saved_naming(saved), device))
+    if not options.neighbors and not options.pr_curve:
+        return code
+    if not val.classes or len(val) < 2:
+        raise ValueError(f"--neighbors and --pr-curve take a data set with labels and two images or more; "
+                         f"{val.name} has {len(val)}, with {val.classes} classes")
+    features, labels, means = sample_points(backbone, val, device, patch_of(model), points=100)
     if options.neighbors:
-        features, labels, means = sample_points(backbone, val, device, patch, points=100)
         counts = confused(features, labels, means, val.classes)
         print(f"{100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % of the strongest tenth of "
               f"correspondences between {len(means)} images and their neighbours join pixels of one class")
@@ -1297,24 +1228,20 @@ def look_inside(options, device):
         for at in off.flatten().argsort(descending=True)[:8].tolist():
             b, a = divmod(at, val.classes)
             print(f"  {val.names[a]} with {val.names[b]}: {100 * off[b, a]:.1f} % of its correspondences")
-        write_png(folder / "neighbors.png", confusion_picture(
+        write("neighbors.png", confusion_picture(
             counts, val.names, f"{val.name}: classes joined by the strongest correspondences of neighbours",
             "rows: class in the image and its share; columns: class of the joined point, % of the row"))
-        print(f"wrote {folder / 'neighbors.png'}")
     if options.pr_curve:
-        curves = {}
-        for name, encoder in {"backbone": backbone, "trained head": model}.items():
-            if name == "backbone" or model is not backbone:
-                features, labels, means = sample_points(encoder, val, device, patch, points=100)
-                itself = torch.arange(len(means), device=means.device)
-                near = neighbors(means, 1)[:, 0] if name == "backbone" else near  # the same pairs for both
-                curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
-                curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
+        points, curves = {"backbone": (features, labels)}, {}
+        if model is not backbone:
+            points["trained head"] = sample_points(model, val, device, patch_of(model), points=100)[:2]
+        itself, near = torch.arange(len(means), device=means.device), neighbors(means, 1)[:, 0]
+        for name, (features, labels) in points.items():  # the same pairs for both
+            curves[f"{name}, within an image"] = precision_recall(features, labels, itself)
+            curves[f"{name}, image and nearest neighbour"] = precision_recall(features, labels, near)
         for name, (_, _, average) in curves.items():
             print(f"average precision {average:.3f}  {name}")
-        title = f"{val.name}: cosine as predictor of the same class"
-        write_png(folder / "pr_curve.png", curve_picture(curves, title))
-        print(f"wrote {folder / 'pr_curve.png'}")
+        write("pr_curve.png", curve_picture(curves, f"{val.name}: cosine as predictor of the same class"))
     return code
 
 
@@ -1324,49 +1251,45 @@ def arguments():
     p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                       allow_abbrev=False)
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
-    g = p.add_argument_group("scoring")
-    g.add_argument("--crf", action="store_true", help="also with the fully connected CRF")
-    g.add_argument("--flip", action="store_true", help="also with the code averaged over the mirrored image")
-    g.add_argument("--clusters", type=common.whole(1), metavar="N",
-                   help="also K-means with N centres on the code; where N is not the number of classes, by "
-                   "Hungarian (the rest is wrong) and by majority vote of train labels")
-    g.add_argument("--data", metavar="NAME|DIR",
-                   help="score on this data set, with probes fitted anew on its train split")
-    g.add_argument("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
-    g.add_argument("--split", default="val", help="default: val")
-    g.add_argument("--protocol", help="how images are resized and cropped; default: as at training")
-    g.add_argument("--size", type=common.whole(0), metavar="PIXELS",
-                   help="shorter side at which the network sees an image; default: as it was scored; "
-                   "with --images, 0 leaves images as they are")
-    g.add_argument("--markdown", action="store_true", help="print the comparison as a Markdown table")
-    g = p.add_argument_group("your own pictures")
-    g.add_argument("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
-    g.add_argument("--out", metavar="DIR", help="where results go; else into the first run folder")
-    g.add_argument("--tile", type=common.whole(32), metavar="PIXELS",
-                   help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
-    g.add_argument("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
-    g.add_argument("--head", choices=("cluster", "linear"), default="cluster", help="which probe")
-    g = p.add_argument_group("a look inside (a run, or --arch and --data)")
-    g.add_argument("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
-    g.add_argument("--pca", action="store_true", help="picture of the code's three principal components")
-    g.add_argument("--path", action="store_true", help="picture of one image at every station, with shapes")
-    g.add_argument("--neighbors", action="store_true",
-                   help="which classes the backbone's correspondences between neighbouring images confuse: "
-                   "judges a backbone without training")
-    g.add_argument("--pr-curve", action="store_true",
-                   help="correspondences as predictors of the same class: precision and recall")
-    g = p.add_argument_group("the authors' checkpoints")
-    g.add_argument("--official", nargs="+", metavar=("METHOD", "FILE"),
-                   help="turn a published checkpoint into the run folder --out: stego FILE, hp FILE, or "
-                   "cause SEGMENT CLUSTER; with --data, for cause with --arch")
-    g = p.add_argument_group("backbone, machine")
-    g.add_argument("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
-    g.add_argument("--weights", metavar="FILE|none", help="backbone weights, if not where they lay")
-    g.add_argument("--depth", type=common.whole(1), metavar="K", help="with --arch: the first K blocks")
-    g.add_argument("--seed", type=common.whole(0), default=0, help="of K-means")
-    g.add_argument("--batch-size", type=common.whole(1), default=16, help="images at a time")
-    g.add_argument("--device", help="default: the accelerator if there is one")
-    g.add_argument("--workers", type=common.whole(0), default=0, help="processes that read images")
+    whole, add = common.whole, p.add_argument_group("scoring").add_argument
+    add("--crf", action="store_true", help="also with the fully connected CRF")
+    add("--flip", action="store_true", help="also with the code averaged over the mirrored image")
+    add("--clusters", type=whole(1), metavar="N", help="also K-means with N centres on the code; where N is "
+        "not the number of classes, by Hungarian (the rest is wrong) and by majority vote of train labels")
+    add("--data", metavar="NAME|DIR",
+        help="score on this data set, with probes fitted anew on its train split")
+    add("--root", metavar="DIR", help="where the data lies, if not where it lay at training")
+    add("--split", default="val", help="default: val")
+    add("--protocol", help="how images are resized and cropped; default: as at training")
+    add("--size", type=whole(0), metavar="PIXELS", help="shorter side at which the network sees an image; "
+        "default: as it was scored; with --images, 0 leaves images as they are")
+    add("--markdown", action="store_true", help="print the comparison as a Markdown table")
+    add = p.add_argument_group("your own pictures").add_argument
+    add("--images", nargs="+", metavar="PATH", help="segment these files and folders; needs --out")
+    add("--out", metavar="DIR", help="where results go; else into the first run folder")
+    add("--tile", type=whole(32), metavar="PIXELS",
+        help="in overlapping tiles, for images that do not fit into memory; try 512 with --size 0")
+    add("--names", metavar="FILE", help="a name per line for ids 0, 1, ...")
+    add("--head", choices=("cluster", "linear"), default="cluster", help="which probe")
+    add = p.add_argument_group("a look inside (a run, or --arch and --data)").add_argument
+    add("--embed", metavar="DIR", help="write the code of every image as .npy (K,h,w)")
+    add("--pca", action="store_true", help="picture of the code's three principal components")
+    add("--path", action="store_true", help="picture of one image at every station, with shapes")
+    add("--neighbors", action="store_true", help="which classes the backbone's correspondences between "
+        "neighbouring images confuse: judges a backbone without training")
+    add("--pr-curve", action="store_true",
+        help="correspondences as predictors of the same class: precision and recall")
+    add = p.add_argument_group("the authors' checkpoints").add_argument
+    add("--official", nargs="+", metavar=("METHOD", "FILE"), help="turn a published checkpoint into the run "
+        "folder --out: stego FILE, hp FILE, or cause SEGMENT CLUSTER; with --data, for cause with --arch")
+    add = p.add_argument_group("backbone, machine").add_argument
+    add("--arch", help="without RUN: score the raw backbone, by K-means and linear probe")
+    add("--weights", metavar="FILE|none", help="backbone weights, if not where they lay")
+    add("--depth", type=whole(1), metavar="K", help="with --arch: the first K blocks")
+    add("--seed", type=whole(0), default=0, help="of K-means")
+    add("--batch-size", type=whole(1), default=16, help="images at a time")
+    add("--device", help="default: the accelerator if there is one")
+    add("--workers", type=whole(0), default=0, help="processes that read images")
     return p
 
 
@@ -1388,10 +1311,11 @@ def run(options):
         return score_backbone(options, device)
     found = [score_run(folder, options, device) for folder in options.runs]
     if common.rank() == 0 and (len(found) > 1 or options.markdown):
-        print("\n" + compare(options.runs, [(args, shown) for args, shown, _ in found], options.markdown))
-        if len(found) > 1:
-            side_by_side(options.runs, options, device)
-    return max(code for *_, code in found)
+        print("\n" + compare(options.runs, [(args, shown) for args, shown, *_ in found], options.markdown))
+    if common.rank() == 0 and len(found) > 1:
+        path = Path(options.out or options.runs[0]) / "side_by_side.png"
+        side_by_side(options.runs, [scored for *_, scored in found], path, device)
+    return max(code for _, _, code, _ in found)
 
 
 if __name__ == "__main__":
