@@ -340,10 +340,10 @@ class _BankTerm(torch.autograd.Function):
         by_code, count = folded.view(K, S, -1).sum(1), valid.sum(1).to(y.dtype)                # (K,r+1), (K,)
         grad_y, grad_folded, grad_by_code = (torch.zeros_like(x) for x in (y, folded, by_code))
         total, images = y.new_zeros(()), y.new_zeros(())
-        step = max(1, 2 ** 25 // (n * K * S))                                                  # images at once
+        step = max(1, 2 ** 25 // (n * K * S))                                                 # images at once
         for b in range(0, B, step):
             b = slice(b, b + step)
-            anchors, pos = y[b].flatten(0, 1), positive[b].flatten(0, 1).to(y.dtype)           # (m,.), m = b*n
+            anchors, pos = y[b].flatten(0, 1), positive[b].flatten(0, 1).to(y.dtype)          # (m,.), m = b*n
             kept = (positive | negative)[b].flatten(0, 1)                                      # (m,K)
             per_anchor = pos @ count                                                           # P_i
             per_image = per_anchor.view(-1, n).sum(1)

@@ -917,8 +917,10 @@ def import_official(options):
         raise ValueError(f"{', '.join(files)} holds no probes of {method}; is it a checkpoint of {method}?")
     arch = options.arch
     if backbone:
-        width, _, _, patch = backbone["patch_embed.proj.weight"].shape
-        arch = {384: "vits", 768: "vitb"}[width] + str(patch)
+        shape = backbone.get("patch_embed.proj.weight", torch.empty(0)).shape
+        if len(shape) != 4 or shape[0] not in (384, 768):
+            raise ValueError(f"{', '.join(files)}: its backbone is no ViT-S or ViT-B of DINO")
+        arch = {384: "vits", 768: "vitb"}[shape[0]] + str(shape[3])
     elif not arch:
         raise ValueError("the file holds no backbone: name it with --arch (vits8, dinov2_vitb14, ...)")
     args = common.parse(module.arguments, module.PRESETS, ["--data", options.data, "--arch", arch])
