@@ -9,6 +9,8 @@ import ast
 import collections
 import contextlib
 import difflib
+import fcntl
+import functools
 import hashlib
 import http.client
 import io
@@ -685,10 +687,7 @@ def lock(folder):
     """Hold RUN/.lock as long as this process lives; the system frees it however the process ends."""
     handle = open(folder / ".lock", "w")
     try:
-        import fcntl  # not on Windows, where two runs are not kept apart
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
     except OSError:
         raise ValueError(f"another run is writing to {folder}; wait for it or choose another --out") from None
     return handle
@@ -1283,25 +1282,18 @@ def published(arch):
     note = path.with_name(path.name + ".sha256")
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as lock_file:
-        try:
-            import fcntl                                          # the other processes of a run wait
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        except ImportError:
-            pass
+        fcntl.flock(lock_file, fcntl.LOCK_EX)                     # the other processes of a run wait
         try:
             download(url, path, sha256 if len(sha256 or "") == 64 else None, size)
         except OSError as error:
             raise OSError(f"{error}, or give --weights FILE") from None
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digest = digest.hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         expected = sha256 or (note.read_text().strip() if note.exists() else "")
         if not digest.startswith(expected):
             raise ValueError(f"{path} has changed or is another file: its sha256 is {digest[:8]}..., not "
                              f"{expected[:8]}...; delete it and it is fetched again")
-        if not sha256 and not expected:
+        if not expected:
             note.write_text(digest + "\n")
     return path
 
@@ -1331,14 +1323,13 @@ def download(url, path, sha256=None, size=None):
         if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
             raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
         total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
-    have, digest = part.stat().st_size, hashlib.sha256()
+    have = part.stat().st_size
     if total is not None and have < total:
         raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
     with open(part, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    if total not in (None, have) or sha256 not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if total not in (None, have) or sha256 not in (None, digest):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest.hexdigest()}), now deleted")
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest}), now deleted")
     os.replace(part, path)
     return path

@@ -655,15 +655,14 @@ def download(url, path, sha256=None, size=None):
         if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
             raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
         total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
-    have, digest = part.stat().st_size, hashlib.sha256()
+    have = part.stat().st_size
     if total is not None and have < total:
         raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
     with open(part, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    if total not in (None, have) or sha256 not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if total not in (None, have) or sha256 not in (None, digest):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest.hexdigest()}), now deleted")
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest}), now deleted")
     os.replace(part, path)
     return path
 
