@@ -784,9 +784,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 class Backbone(nn.Module):
     """What all backbones share: eval mode for good, sides that are multiples of the patch, an attention.
-
-    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before those of the patches.
-    """
+    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before the patches."""
     prefix = 0
 
     def train(self, mode=True):                   # inside a model that trains, batch norm must not follow
@@ -883,16 +881,15 @@ class ViT(Backbone):
         self.dim, self.patch, self.position, self.prefix = dim, patch, position, int(cls) + registers
         self.side = side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+
         def tokens(n):
             return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)) if n else None
-
         self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
         self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
         if position == "rotary":                                  # wavelengths in units of half an image side
             n = dim // heads // 4
             self.register_buffer("periods", 100 ** (torch.arange(n) / n))
-        scale = LayerScale if layer_scale else nn.Identity
-        mlp = SwiGLU if swiglu else MLP
+        mlp, scale = SwiGLU if swiglu else MLP, LayerScale if layer_scale else nn.Identity
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, scale, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
@@ -901,8 +898,7 @@ class ViT(Backbone):
         n = self.side
         if h == w == n:
             return self.pos_embed
-        rows = self.pos_embed.shape[1] - n * n
-        cls, table = self.pos_embed.float().split((rows, n * n), dim=1)
+        cls, table = self.pos_embed.float().tensor_split([-n * n], dim=1)
         how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)} if self.position == "offset" else \
             {"size": (h, w), "antialias": self.position == "antialias"}
         table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
@@ -937,8 +933,7 @@ class ViT(Backbone):
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block
-        (B, heads, prefix + N, prefix + N)."""
+        """-> features (B,D,h,w), soft-maxed attention of the last block (B,heads,prefix+N,prefix+N)."""
         tokens, attention, grid = self.tokens(images, with_map=True)
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
 
@@ -950,14 +945,14 @@ class ResNet50(Backbone):
     def __init__(self):
         super().__init__()
         net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
-        for name, child in net.named_children():                  # names of parameters stay torchvision's
-            if name not in ("avgpool", "fc"):
-                self.add_module(name, child)
+        for name, child in list(net.named_children())[:-2]:       # without avgpool and fc, names unchanged
+            self.add_module(name, child)
 
     def forward(self, images):
         self.grid(images)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for child in self.children():
+            images = child(images)
+        return images
 
 
 class DCT8(Backbone):
@@ -976,9 +971,8 @@ class DCT8(Backbone):
         basis = basis * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()          # orthonormal rows
         self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
         v, u = k.repeat(8), k.repeat_interleave(8)
-        # 0: the mean, 1, 2..3, 4..7
-        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))
-        lean = (u > 2 * v).long() - (v > 2 * u).long()  # mostly vertical, diagonal, mostly horizontal change
+        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))   # of 0, 1, 2..3, 4..7
+        lean = (u > 2 * v).long() - (v > 2 * u).long()            # change mostly downwards, diagonal, across
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
         self.register_buffer("bands", F.one_hot(band + 1, 10)[:, 1:].float().T.reshape(9, 64, 1, 1))
         self.register_buffer("grey", torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD)
@@ -1093,9 +1087,6 @@ class Inert:
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def __setstate__(self, state):
         self.state = state
 
@@ -1115,7 +1106,7 @@ HARMLESS = re.compile(
 def read_tensors(path):
     """What a published checkpoint holds: tensors and plain values; a trainer's objects come as Inert.
 
-    Reads torch.save's files (always weights_only=True: nothing is run) and safetensors. Raises ValueError or
+    Reads torch.save's files (weights_only=True: nothing is run) and safetensors. Raises ValueError or
     FileNotFoundError.
     """
     path = Path(path)
@@ -1125,9 +1116,10 @@ def read_tensors(path):
         return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:                                # a file that names more than tensors
+        pass
     except Exception as error:
-        if not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
+        raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:                                             # before torch 1.6 files were no zips
@@ -1186,11 +1178,9 @@ DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder
 
 def backbone_tensors(content):
     """The tensors of the backbone in a checkpoint: unwrapped, without common prefixes, heads dropped."""
-    for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
     content = content if isinstance(content, dict) else {}
+    wrappers = "teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"
+    content = next((content[key] for key in wrappers if isinstance(content.get(key), dict)), content)
     state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.",
                    "dinov2.", "dinov2_with_registers.", "dinov3_vit."):
