@@ -16,6 +16,7 @@ import http.client
 import io
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -232,34 +233,14 @@ def start_processes(device=None):
     return device
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.rows = len(x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)                                 # every process may have used our rows
-        return gradient[rank() * ctx.rows:(rank() + 1) * ctx.rows]
-
-
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     backward = forward                                            # every process's loss depends on the sum
-
-
-def gather(x):
-    """Rows of all processes in rank order, with gradient: (b, ...) -> (world * b, ...)."""
-    return _Gather.apply(x) if world() > 1 else x
 
 
 def reduce_sum(x):
@@ -267,15 +248,22 @@ def reduce_sum(x):
     return _Sum.apply(x) if world() > 1 else x
 
 
+def gather(x):
+    """Rows of all processes in rank order, with gradient: (b, ...) -> (world * b, ...)."""
+    if world() == 1:
+        return x
+    rows = x.new_zeros(world(), *x.shape)
+    rows[rank()] = x                                              # the others fill in theirs
+    return reduce_sum(rows).flatten(0, 1)
+
+
 def rand_rows(rows, *shape, device=None):
-    """Uniform numbers (rows, *shape) for this process's images: its share of one draw for the global
-    batch."""
+    """Uniform numbers (rows, *shape) for this process's images: its share of a draw for the global batch."""
     return torch.rand(world() * rows, *shape, device=device)[rank() * rows:(rank() + 1) * rows]
 
 
 def dropout(x, p, training, channels=False):
-    """Dropout on x (B, ...) by `rand_rows`; with `channels`, whole channels of (B, C, ...) as nn.Dropout2d
-    does."""
+    """Dropout on x (B, ...) by `rand_rows`; `channels`: of whole channels of (B, C, ...), as nn.Dropout2d."""
     if not training or p == 0:
         return x
     shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
@@ -287,47 +275,42 @@ def average_gradients(*modules):
     if world() == 1:
         return
     gradients = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    for g, part in zip(gradients, flat.div_(world()).split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
+    nn.utils.vector_to_parameters(flat / world(), gradients)
 
 
 # ---------------------------------------------------------------- a run
 
 class Drawn(torch.utils.data.Dataset):
-    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker that makes
-    them."""
+    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker process."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, key):
-        index, seed = key
+        (index, seed), error = key, ""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            item = self.dataset[index]
-            error, step = item["error"], 1
-            while item["error"]:                                  # unreadable: the next image takes its place
-                if step == len(self.dataset):
-                    raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
-                item, step = self.dataset[(index + step) % len(self.dataset)], step + 1
-        return {**item, "error": error}
+            for step in range(len(self.dataset)):                 # unreadable: the next image takes its place
+                item = self.dataset[(index + step) % len(self.dataset)]
+                error = error or item["error"]
+                if not item["error"]:
+                    return {**item, "error": error}
+        raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
+
+
+@functools.lru_cache(1)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is
-    full."""
-    share, epoch, permutation = batch // world(), -1, None
-    for step in range(start, steps):
-        keys = []
-        for place in range(step * batch + rank() * share, step * batch + (rank() + 1) * share):
-            if place // n != epoch:
-                epoch = place // n
-                generator = torch.Generator().manual_seed(seed + epoch)
-                permutation = torch.randperm(n, generator=generator).tolist()
-            keys.append((permutation[place % n], (seed * 1_000_003 + place) % 2 ** 63))
-        yield keys
+    """Batches of (index, seed) for this process: shuffled epochs, chained, so that every batch is full."""
+    share = batch // world()
+    for first in range(start * batch + rank() * share, steps * batch, batch):
+        yield [(shuffled(n, seed + place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
+               for place in range(first, first + share)]
 
 
 def quiet_worker(_):
@@ -338,10 +321,9 @@ def quiet_worker(_):
 class Run:
     """One training run: its device, processes, random state, folder, log, checkpoints and progress bar.
 
-    The folder is made when the first step begins, so that bad input leaves nothing behind. It holds
-    args.json, log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step",
-    "state" (what resuming needs), "rng"}. Raises ValueError where the folder already holds a run, or another
-    process writes there.
+    The folder is made when the first step begins: bad input leaves nothing behind. It holds args.json,
+    log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step", "state" (what
+    resuming needs), "rng"}. Raises ValueError where it already holds a run, or another process writes there.
     """
 
     def __init__(self, method, args):
@@ -353,12 +335,11 @@ class Run:
             args.workers = 0 if args.data == "scenes" else 2
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True
-        self.state, self.phase, self.step, self.loaded, self.terms = {}, -1, 0, None, {}
+        self.state, self.phase, self.step, self.terms, self.benched = {}, -1, 0, {}, {}
         self.bad, self.stop, self.stepping, self.reported, self.timer = 0, 0, False, set(), None
         self.lock = self.log = None
         self.folder = self._choose_folder()
-        if args.resume:
-            self.loaded = load_checkpoint(self.folder, method)
+        self.loaded = load_checkpoint(self.folder, method) if args.resume else None
         signal.signal(signal.SIGINT, self._signal)
         signal.signal(signal.SIGTERM, self._signal)
 
@@ -370,31 +351,29 @@ class Run:
             raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose "
                              "another --out")
         number, base = 2, folder
-        while not args.out and folder.exists():  # nothing is written over: a second run gets a number
+        while not args.out and folder.exists():                   # nothing is written over: the next number
             folder, number = Path(f"{base}-{number}"), number + 1
+        box = [folder]
         if self.world > 1:
-            box = [str(folder)]
             dist.broadcast_object_list(box)
-            folder = Path(box[0])
-        return folder
+        return box[0]
 
     def _open_folder(self):
         if self.phase == 0:
+            where = "" if self.args.bench else f", folder {self.folder}"
             self.say(f"{self.method} on {self.args.data} with {self.args.arch}, seed {self.args.seed}, "
                      f"{self.device}, {self.world} process{'es' * (self.world > 1)}, torch "
-                     f"{torch.__version__}"
-                     + ("" if self.args.bench else f", folder {self.folder}"))
+                     f"{torch.__version__}{where}")
         if self.lock or self.rank or self.args.bench:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
-        log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        if self.loaded:  # steps after the checkpoint will be done again
-            done = (self.loaded["phase"], self.loaded["step"])
-            lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
-        write(log, "".join(x + "\n" for x in lines if self.loaded).encode())
+        log, kept = self.folder / "log.jsonl", []
+        if self.loaded and log.exists():                          # steps after the checkpoint are done again
+            done, place = (self.loaded["phase"], self.loaded["step"]), operator.itemgetter("number", "step")
+            kept = [line + "\n" for line in log.read_text().splitlines() if place(json.loads(line)) <= done]
+        write(log, "".join(kept).encode())
         self.log = open(log, "a", buffering=1)
 
     def _signal(self, number, frame):
@@ -422,13 +401,12 @@ class Run:
     def steps(self, phase, total, dataset, **state):
         """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
 
-        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them.
-        state: modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had
-        finished restores its state and yields nothing. With --bench, a few batches are held in memory and
-        timed.
+        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them. state:
+        modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had finished
+        restores its state and yields nothing. With --bench, three batches are held in memory and timed.
         """
         self.state.update(state)
-        self.phase, self.step, self.total, self.name = self.phase + 1, 0, total, phase
+        self.phase, self.step, self.name = self.phase + 1, 0, phase
         self._open_folder()
         if self.loaded:
             self._restore(state)
@@ -437,17 +415,16 @@ class Run:
             self.step = self.loaded["step"]
             set_rng(self.loaded["rng"])
             self.loaded = None
-        elif not self.args.bench:
-            self.save()  # so that a run can be resumed from its first step on
-        keys = list(order(len(dataset), self.args.batch_size, self.step, self.step + 3, self.args.seed)) \
-            if self.args.bench else order(len(dataset), self.args.batch_size, self.step, total,
-                                          self.args.seed * 10_000_019 + self.phase * 1_000_003)
+        else:
+            self.save()                                           # resumable from its first step on
+        bench = self.args.bench
+        keys = order(len(dataset), self.args.batch_size, self.step, 3 if bench else total,
+                     self.args.seed * 10_000_019 + self.phase * 1_000_003)
         loader = torch.utils.data.DataLoader(
-            Drawn(dataset), batch_sampler=keys if self.args.bench else list_once(keys, total - self.step),
-            num_workers=0 if self.args.bench else self.args.workers, pin_memory=self.device.type == "cuda",
-            # its own generator: ours stays untouched
-            worker_init_fn=quiet_worker, generator=torch.Generator())
-        if self.args.bench:
+            Drawn(dataset), batch_sampler=keys, num_workers=0 if bench else self.args.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker,
+            generator=torch.Generator())                          # its own: ours stays untouched
+        if bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
             return
         bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", dynamic_ncols=True,
@@ -499,8 +476,8 @@ class Run:
             self.terms = dict(zip(terms, values))
             return True
         self.bad += 1
-        text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
-        text += ", ".join(batch["path"])
+        text = (f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
+                f"{', '.join(batch['path'])}")
         if self.bad > self.args.skip_bad_steps:
             self.save()  # the weights are those of the last good step
             raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower "
@@ -535,8 +512,7 @@ class Run:
 
     # -------------------------------- frozen features
     def features(self, backbone, dataset):
-        """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with
-        --cache-features."""
+        """-> function (images, index) -> (B,D,h,w) of the frozen backbone; --cache-features looks it up."""
         if dataset.size:                                          # refused before the run folder is made
             getattr(backbone, "backbone", backbone).grid(torch.empty(0, 3, dataset.size, dataset.size))
         if self.args.compile:
@@ -562,47 +538,30 @@ class Run:
     def _bench(self, phase, batches, warm_up=2):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.timer, self.since = {}, time.perf_counter()
         for step in range(self.args.bench + warm_up):
-            if step == warm_up:
+            if step in (0, warm_up):
                 self.timer, self.since = {}, time.perf_counter()
             yield step, batches[step % len(batches)]
             self.mark("rest")
         ms = {part: 1000 * seconds / self.args.bench for part, seconds in self.timer.items()}
         self.timer, total = None, sum(ms.values())
+        rate = 1000 * self.args.batch_size / total
+        ratio = total / ms["backbone"] if ms.get("backbone") else None
         figures = {"phase": phase, "method": self.method, "arch": self.args.arch, "size": self.args.size,
                    "batch_size": self.args.batch_size, "device": str(self.device),
-                   "threads": torch.get_num_threads(),
-                   "ms": {**ms, "step": total}, "images_per_second": 1000 * self.args.batch_size / total,
-                   "step_over_backbone": total / ms["backbone"] if ms.get("backbone") else None,
-                   "peak_gb": peak_memory(self.device)}
-        self.benched = {**getattr(self, "benched", {}), phase: figures}
-        self.say(f"{phase}: {total:.1f} ms a step, {figures['images_per_second']:.1f} images/s, peak "
-                 f"{figures['peak_gb']:.2f} GB; " + ", ".join(f"{k} {v:.1f} ms "
-                                                              f"({v / total:.0%})" for k, v in ms.items())
-                 + (f"; step / backbone "
-                    f"{figures['step_over_backbone']:.2f}" if figures["step_over_backbone"] else ""))
-        if self.args.json and self.rank == 0:  # the figures of the phase "head", where there is one
+                   "threads": torch.get_num_threads(), "ms": {**ms, "step": total}, "images_per_second": rate,
+                   "step_over_backbone": ratio, "peak_gb": peak_memory(self.device)}
+        self.benched[phase] = figures
+        parts = ", ".join(f"{part} {x:.1f} ms ({x / total:.0%})" for part, x in ms.items())
+        self.say(f"{phase}: {total:.1f} ms a step, {rate:.1f} images/s, peak {figures['peak_gb']:.2f} GB; "
+                 + parts + (f"; step / backbone {ratio:.2f}" if ratio else ""))
+        if self.args.json and self.rank == 0:                     # the phase "head" first, where there is one
             main_phase = self.benched.get("head", figures)
             write(Path(self.args.json), json.dumps({**main_phase, "phases": self.benched}, indent=1).encode())
 
 
-class list_once:
-    """A batch sampler with a length, so that loaders know it, around a generator that is read once."""
-
-    def __init__(self, keys, length):
-        self.keys, self.length = keys, length
-
-    def __iter__(self):
-        return self.keys
-
-    def __len__(self):
-        return self.length
-
-
 class FeatureCache:
-    """Frozen features of every image of a data set as fp16 (n,D,h,w), computed once, kept in memory, on the
-    GPU or in DIR.
+    """Frozen features of a data set as fp16 (n,D,h,w), computed once: kept in memory, on the GPU or in DIR.
 
     Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their
     sizes, so that a stale file is never used. Raises ValueError where the features would not fit.
@@ -659,16 +618,12 @@ class FeatureCache:
 
 
 def map_file(path, shape, shared):
-    """fp16 numbers in a file as a tensor of this shape; the system reads what is used. shared: writing
-    reaches the file."""
+    """A file of fp16 numbers as a tensor; the system reads what is used. shared: writing reaches the file."""
     size = math.prod(shape)
     return torch.from_file(str(path), shared=shared, size=size, dtype=torch.float16).view(shape)
 
 
 # ---------------------------------------------------------------- files
-
-CHECKPOINT = {"method", "args", "model", "phase", "step", "state", "rng"}
-
 
 def fingerprint(backbone, dataset):
     """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
@@ -694,8 +649,7 @@ def lock(folder):
 
 
 def write(path, data):
-    """Write bytes to a temporary file beside `path`, then rename: whoever reads `path` finds the old or the
-    new whole."""
+    """Bytes -> file, by way of a temporary one that is renamed: a reader finds the old or the new whole."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -723,9 +677,9 @@ def load_checkpoint(folder, method=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, a pickle with code, no checkpoint at all
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
-                         "not ours") \
-            from None
-    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
+                         "not ours") from None
+    keys = {"method", "args", "model", "phase", "step", "state", "rng"}
+    if not isinstance(content, dict) or not keys <= set(content):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
@@ -741,12 +695,11 @@ def load_trained(module, saved, path):
     """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
     own = trained(module)
     for key in sorted(set(own) ^ set(saved)):
-        raise ValueError(f"{path} does not fit: {key} is "
-                         f"{'missing' if key in own else 'unknown to this model'}")
-    for key in own:
-        kind, found = (own[key].dtype, own[key].shape), saved[key]
-        if not torch.is_tensor(found) or (found.dtype, found.shape) != kind:
-            raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
+        wrong = "missing" if key in own else "unknown to this model"
+        raise ValueError(f"{path} does not fit: {key} is {wrong}")
+    for key, x in own.items():
+        if not torch.is_tensor(saved[key]) or (saved[key].dtype, saved[key].shape) != (x.dtype, x.shape):
+            raise ValueError(f"{path} does not fit: {key} should be {x.dtype} {tuple(x.shape)}")
     module.load_state_dict(saved, strict=False)
 
 
