@@ -54,81 +54,70 @@ def whole(low):
 
 
 def parser(doc):
-    """The options that all five methods share. A default of None means: see PRESETS at the end of the
-    file."""
+    """The options that all methods share. Where the default is None, PRESETS of the method's file counts."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    g = p.add_argument_group("data and backbone")
-    g.add_argument("--data", default="scenes", metavar="NAME|DIR",
-                   help="data set (python data.py lists them) or a folder of your own images; scenes needs "
-                   "no file")
-    g.add_argument("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR "
-                   "checks it")
-    g.add_argument("--protocol", help="how images are resized and cropped; the default is the published one")
-    g.add_argument("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of "
-                   "the patch")
-    g.add_argument("--arch", default="dct8", help="frozen backbone: dct8 (no weights), vits8, vitb8, "
-                   "dinov2_vits14, ...")
-    g.add_argument("--weights", metavar="FILE|none", help="weights from a file instead of the download; "
-                   "none = untrained")
-    g.add_argument("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its "
-                   "final norm; try it where the last block was fine-tuned for something else")
-    g.add_argument("--clusters", type=whole(2), help="number of clusters; default: number of classes, 27 "
-                   "without labels")
-    g = p.add_argument_group("training")
-    g.add_argument("--steps", type=whole(1), help="optimiser steps of the main phase")
-    g.add_argument("--batch-size", type=whole(1), help="images per step over all processes together")
-    g.add_argument("--lr", type=float, help="learning rate of the head")
-    g.add_argument("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
-    g.add_argument("--skip-bad-steps", type=whole(0), default=0, metavar="N",
-                   help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
-    g.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own options")
-    g.add_argument("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
-    g.add_argument("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
-    g.add_argument("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
-    g.add_argument("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and "
-                   "keep them as fp16, so that later epochs cost only the head; needs bytes = images x D x "
-                   "N x 2")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs "
-                   "of minutes")
-    g.add_argument("--smoke", action="store_true", help="ten steps that touch everything, to see that it "
-                   "runs")
-    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then "
-                   "stop")
-    g.add_argument("--json", metavar="FILE", help="where --bench writes its figures")
+    add = p.add_argument_group("data and backbone").add_argument
+    add("--data", default="scenes", metavar="NAME|DIR",
+        help="data set (python data.py lists them) or a folder of your own images; scenes needs no file")
+    add("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR checks it")
+    add("--protocol", help="how images are resized and cropped; the default is the published one")
+    add("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of the patch")
+    add("--arch", default="dct8",
+        help="frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
+    add("--weights", metavar="FILE|none",
+        help="weights from a file instead of the download; none = untrained")
+    add("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its final norm; "
+        "try it where the last block was fine-tuned for something else")
+    add("--clusters", type=whole(2),
+        help="number of clusters; default: number of classes, 27 without labels")
+    add = p.add_argument_group("training").add_argument
+    add("--steps", type=whole(1), help="optimiser steps of the main phase")
+    add("--batch-size", type=whole(1), help="images per step over all processes together")
+    add("--lr", type=float, help="learning rate of the head")
+    add("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
+    add("--skip-bad-steps", type=whole(0), default=0, metavar="N",
+        help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
+    add = p.add_argument_group("run").add_argument
+    add("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
+    add("--resume", metavar="RUN", help="continue the run in this folder with its own options")
+    add("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
+    add("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
+    add("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
+    add("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and keep them as "
+        "fp16, so that later epochs cost only the head; needs bytes = images x D x N x 2")
+    add("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs of minutes")
+    add("--smoke", action="store_true", help="ten steps that touch everything, to see that it runs")
+    add("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then stop")
+    add("--json", metavar="FILE", help="where --bench writes its figures")
     return p
 
 
 def parse(arguments, presets, argv=None):
-    """Options from the command line, else the presets "smoke", "DATA+CHOICE", "DATA/ARCH", "DATA", "default",
-    else defaults.
+    """Options as given, else of the presets smoke, DATA+CHOICE, DATA/ARCH, DATA, default, else the defaults.
 
     With --resume the options of that run; only those that do not change the result may be given anew.
     """
     p = arguments()
-    defaults = vars(p.parse_args([]))
-    untouched = argparse.Namespace(**dict.fromkeys(defaults, parse))  # any object that no option can give
+    options = vars(p.parse_args([]))
+    untouched = argparse.Namespace(**dict.fromkeys(options, parse))  # any object that no option can give
     given = {k: v for k, v in vars(p.parse_args(argv, untouched)).items() if v is not parse}
     if "resume" in given:
         folder = Path(given["resume"])
         saved = read_args(folder)
         free = {"resume", "root", "weights", "device", "workers", "save_every", "cache_features", "compile"}
-        if set(given) - free:
-            names = ", ".join("--" + n.replace("_", "-") for n in sorted(set(given) - free))
-            raise ValueError(f"--resume continues {folder} with the options it was started with; drop "
-                             f"{names}")
-        return argparse.Namespace(**{**defaults, **saved, **given, "out": str(folder)})
-    data, arch = given.get("data", defaults["data"]), given.get("arch", defaults["arch"])
-    chosen = [presets.get(key, {}) for key in ("default", "folder" if os.path.isdir(data) else data)]
-    chosen += [preset for key, preset in presets.items() if "/" in key and f"{data}/{arch}".startswith(key)]
-    chosen += [preset for key, preset in presets.items() if "+" in key and key.split("+")[0] == data
-               and key.split("+")[1] in given.values()]           # "coco27+tr": where --head tr is given
-    chosen += [presets["smoke"]] if given.get("smoke") else []
-    merged = dict(defaults)
-    for preset in chosen:
-        merged.update(preset)
-    return argparse.Namespace(**{**merged, **given})
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(set(given) - free))
+        if names:
+            raise ValueError(f"--resume continues {folder} with the options it was started with; "
+                             f"drop {names}")
+        return argparse.Namespace(**options | saved | given | {"out": str(folder)})
+    data, arch = given.get("data", options["data"]), given.get("arch", options["arch"])
+    chosen = ["default", "folder" if os.path.isdir(data) else data]
+    chosen += [key for key in presets if "/" in key and f"{data}/{arch}".startswith(key)]
+    chosen += [f"{data}+{choice}" for choice in given.values()]   # "coco27+tr": where --head tr is given
+    chosen += ["smoke"] * ("smoke" in given)
+    for key in chosen:
+        options |= presets.get(key, {})
+    return argparse.Namespace(**options | given)
 
 
 def read_args(folder):
@@ -153,8 +142,7 @@ def nearest(name, names):
 
 
 def quick_help(script):
-    """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is
-    executed."""
+    """Print a method's help. Loading torch takes seconds, so only its `arguments` function is executed."""
     tree = ast.parse(Path(script).read_text())
     scope = {"common": sys.modules[__name__], "argparse": argparse, "__doc__": ast.get_docstring(tree)}
     keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
@@ -176,8 +164,7 @@ from tqdm import tqdm  # noqa: E402
 
 
 def main(arguments, presets, train):
-    """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit
-    code."""
+    """Run a method from the command line. A mistake to expect ends in one line on stderr and an exit code."""
     try:
         sys.exit(train(parse(arguments, presets)))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
@@ -194,7 +181,7 @@ def report(error):
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
     text = re.sub(r"^\w+(Error|Exception): ", "", text)  # a loader worker's error carries its traceback
     if isinstance(error, torch.OutOfMemoryError):
         text = "the GPU's memory is full; take a smaller --batch-size or --size"
