@@ -9,11 +9,14 @@ import ast
 import collections
 import contextlib
 import difflib
+import fcntl
+import functools
 import hashlib
 import http.client
 import io
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -51,81 +54,70 @@ def whole(low):
 
 
 def parser(doc):
-    """The options that all five methods share. A default of None means: see PRESETS at the end of the
-    file."""
+    """The options that all methods share. Where the default is None, PRESETS of the method's file counts."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    g = p.add_argument_group("data and backbone")
-    g.add_argument("--data", default="scenes", metavar="NAME|DIR",
-                   help="data set (python data.py lists them) or a folder of your own images; scenes needs "
-                   "no file")
-    g.add_argument("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR "
-                   "checks it")
-    g.add_argument("--protocol", help="how images are resized and cropped; the default is the published one")
-    g.add_argument("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of "
-                   "the patch")
-    g.add_argument("--arch", default="dct8", help="frozen backbone: dct8 (no weights), vits8, vitb8, "
-                   "dinov2_vits14, ...")
-    g.add_argument("--weights", metavar="FILE|none", help="weights from a file instead of the download; "
-                   "none = untrained")
-    g.add_argument("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its "
-                   "final norm; try it where the last block was fine-tuned for something else")
-    g.add_argument("--clusters", type=whole(2), help="number of clusters; default: number of classes, 27 "
-                   "without labels")
-    g = p.add_argument_group("training")
-    g.add_argument("--steps", type=whole(1), help="optimiser steps of the main phase")
-    g.add_argument("--batch-size", type=whole(1), help="images per step over all processes together")
-    g.add_argument("--lr", type=float, help="learning rate of the head")
-    g.add_argument("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
-    g.add_argument("--skip-bad-steps", type=whole(0), default=0, metavar="N",
-                   help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
-    g.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own options")
-    g.add_argument("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
-    g.add_argument("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
-    g.add_argument("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
-    g.add_argument("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and "
-                   "keep them as fp16, so that later epochs cost only the head; needs bytes = images x D x "
-                   "N x 2")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs "
-                   "of minutes")
-    g.add_argument("--smoke", action="store_true", help="ten steps that touch everything, to see that it "
-                   "runs")
-    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then "
-                   "stop")
-    g.add_argument("--json", metavar="FILE", help="where --bench writes its figures")
+    add = p.add_argument_group("data and backbone").add_argument
+    add("--data", default="scenes", metavar="NAME|DIR",
+        help="data set (python data.py lists them) or a folder of your own images; scenes needs no file")
+    add("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR checks it")
+    add("--protocol", help="how images are resized and cropped; the default is the published one")
+    add("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of the patch")
+    add("--arch", default="dct8",
+        help="frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
+    add("--weights", metavar="FILE|none",
+        help="weights from a file instead of the download; none = untrained")
+    add("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its final norm; "
+        "try it where the last block was fine-tuned for something else")
+    add("--clusters", type=whole(2),
+        help="number of clusters; default: number of classes, 27 without labels")
+    add = p.add_argument_group("training").add_argument
+    add("--steps", type=whole(1), help="optimiser steps of the main phase")
+    add("--batch-size", type=whole(1), help="images per step over all processes together")
+    add("--lr", type=float, help="learning rate of the head")
+    add("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
+    add("--skip-bad-steps", type=whole(0), default=0, metavar="N",
+        help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
+    add = p.add_argument_group("run").add_argument
+    add("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
+    add("--resume", metavar="RUN", help="continue the run in this folder with its own options")
+    add("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
+    add("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
+    add("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
+    add("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and keep them as "
+        "fp16, so that later epochs cost only the head; needs bytes = images x D x N x 2")
+    add("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs of minutes")
+    add("--smoke", action="store_true", help="ten steps that touch everything, to see that it runs")
+    add("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then stop")
+    add("--json", metavar="FILE", help="where --bench writes its figures")
     return p
 
 
 def parse(arguments, presets, argv=None):
-    """Options from the command line, else the presets "smoke", "DATA+CHOICE", "DATA/ARCH", "DATA", "default",
-    else defaults.
+    """Options as given, else of the presets smoke, DATA+CHOICE, DATA/ARCH, DATA, default, else the defaults.
 
     With --resume the options of that run; only those that do not change the result may be given anew.
     """
     p = arguments()
-    defaults = vars(p.parse_args([]))
-    untouched = argparse.Namespace(**dict.fromkeys(defaults, parse))  # any object that no option can give
+    options = vars(p.parse_args([]))
+    untouched = argparse.Namespace(**dict.fromkeys(options, parse))  # any object that no option can give
     given = {k: v for k, v in vars(p.parse_args(argv, untouched)).items() if v is not parse}
     if "resume" in given:
         folder = Path(given["resume"])
         saved = read_args(folder)
         free = {"resume", "root", "weights", "device", "workers", "save_every", "cache_features", "compile"}
-        if set(given) - free:
-            names = ", ".join("--" + n.replace("_", "-") for n in sorted(set(given) - free))
-            raise ValueError(f"--resume continues {folder} with the options it was started with; drop "
-                             f"{names}")
-        return argparse.Namespace(**{**defaults, **saved, **given, "out": str(folder)})
-    data, arch = given.get("data", defaults["data"]), given.get("arch", defaults["arch"])
-    chosen = [presets.get(key, {}) for key in ("default", "folder" if os.path.isdir(data) else data)]
-    chosen += [preset for key, preset in presets.items() if "/" in key and f"{data}/{arch}".startswith(key)]
-    chosen += [preset for key, preset in presets.items() if "+" in key and key.split("+")[0] == data
-               and key.split("+")[1] in given.values()]           # "coco27+tr": where --head tr is given
-    chosen += [presets["smoke"]] if given.get("smoke") else []
-    merged = dict(defaults)
-    for preset in chosen:
-        merged.update(preset)
-    return argparse.Namespace(**{**merged, **given})
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(set(given) - free))
+        if names:
+            raise ValueError(f"--resume continues {folder} with the options it was started with; "
+                             f"drop {names}")
+        return argparse.Namespace(**options | saved | given | {"out": str(folder)})
+    data, arch = given.get("data", options["data"]), given.get("arch", options["arch"])
+    chosen = ["default", "folder" if os.path.isdir(data) else data]
+    chosen += [key for key in presets if "/" in key and f"{data}/{arch}".startswith(key)]
+    chosen += [f"{data}+{choice}" for choice in given.values()]   # "coco27+tr": where --head tr is given
+    chosen += ["smoke"] * ("smoke" in given)
+    for key in chosen:
+        options |= presets.get(key, {})
+    return argparse.Namespace(**options | given)
 
 
 def read_args(folder):
@@ -150,8 +142,7 @@ def nearest(name, names):
 
 
 def quick_help(script):
-    """Print the help of a method file. Loading torch takes seconds, so only its `arguments` function is
-    executed."""
+    """Print a method's help. Loading torch takes seconds, so only its `arguments` function is executed."""
     tree = ast.parse(Path(script).read_text())
     scope = {"common": sys.modules[__name__], "argparse": argparse, "__doc__": ast.get_docstring(tree)}
     keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
@@ -173,8 +164,7 @@ from tqdm import tqdm  # noqa: E402
 
 
 def main(arguments, presets, train):
-    """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit
-    code."""
+    """Run a method from the command line. A mistake to expect ends in one line on stderr and an exit code."""
     try:
         sys.exit(train(parse(arguments, presets)))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
@@ -191,7 +181,7 @@ def report(error):
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
     text = re.sub(r"^\w+(Error|Exception): ", "", text)  # a loader worker's error carries its traceback
     if isinstance(error, torch.OutOfMemoryError):
         text = "the GPU's memory is full; take a smaller --batch-size or --size"
@@ -230,34 +220,14 @@ def start_processes(device=None):
     return device
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.rows = len(x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)                                 # every process may have used our rows
-        return gradient[rank() * ctx.rows:(rank() + 1) * ctx.rows]
-
-
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     backward = forward                                            # every process's loss depends on the sum
-
-
-def gather(x):
-    """Rows of all processes in rank order, with gradient: (b, ...) -> (world * b, ...)."""
-    return _Gather.apply(x) if world() > 1 else x
 
 
 def reduce_sum(x):
@@ -265,15 +235,22 @@ def reduce_sum(x):
     return _Sum.apply(x) if world() > 1 else x
 
 
+def gather(x):
+    """Rows of all processes in rank order, with gradient: (b, ...) -> (world * b, ...)."""
+    if world() == 1:
+        return x
+    rows = x.new_zeros(world(), *x.shape)
+    rows[rank()] = x                                              # the others fill in theirs
+    return reduce_sum(rows).flatten(0, 1)
+
+
 def rand_rows(rows, *shape, device=None):
-    """Uniform numbers (rows, *shape) for this process's images: its share of one draw for the global
-    batch."""
+    """Uniform numbers (rows, *shape) for this process's images: its share of a draw for the global batch."""
     return torch.rand(world() * rows, *shape, device=device)[rank() * rows:(rank() + 1) * rows]
 
 
 def dropout(x, p, training, channels=False):
-    """Dropout on x (B, ...) by `rand_rows`; with `channels`, whole channels of (B, C, ...) as nn.Dropout2d
-    does."""
+    """Dropout on x (B, ...) by `rand_rows`; `channels`: of whole channels of (B, C, ...), as nn.Dropout2d."""
     if not training or p == 0:
         return x
     shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
@@ -285,47 +262,42 @@ def average_gradients(*modules):
     if world() == 1:
         return
     gradients = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    for g, part in zip(gradients, flat.div_(world()).split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
+    nn.utils.vector_to_parameters(flat / world(), gradients)
 
 
 # ---------------------------------------------------------------- a run
 
 class Drawn(torch.utils.data.Dataset):
-    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker that makes
-    them."""
+    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker process."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, key):
-        index, seed = key
+        (index, seed), error = key, ""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            item = self.dataset[index]
-            error, step = item["error"], 1
-            while item["error"]:                                  # unreadable: the next image takes its place
-                if step == len(self.dataset):
-                    raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
-                item, step = self.dataset[(index + step) % len(self.dataset)], step + 1
-        return {**item, "error": error}
+            for step in range(len(self.dataset)):                 # unreadable: the next image takes its place
+                item = self.dataset[(index + step) % len(self.dataset)]
+                error = error or item["error"]
+                if not item["error"]:
+                    return {**item, "error": error}
+        raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
+
+
+@functools.lru_cache(1)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is
-    full."""
-    share, epoch, permutation = batch // world(), -1, None
-    for step in range(start, steps):
-        keys = []
-        for place in range(step * batch + rank() * share, step * batch + (rank() + 1) * share):
-            if place // n != epoch:
-                epoch = place // n
-                generator = torch.Generator().manual_seed(seed + epoch)
-                permutation = torch.randperm(n, generator=generator).tolist()
-            keys.append((permutation[place % n], (seed * 1_000_003 + place) % 2 ** 63))
-        yield keys
+    """Batches of (index, seed) for this process: shuffled epochs, chained, so that every batch is full."""
+    share = batch // world()
+    for first in range(start * batch + rank() * share, steps * batch, batch):
+        yield [(shuffled(n, seed + place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
+               for place in range(first, first + share)]
 
 
 def quiet_worker(_):
@@ -336,10 +308,9 @@ def quiet_worker(_):
 class Run:
     """One training run: its device, processes, random state, folder, log, checkpoints and progress bar.
 
-    The folder is made when the first step begins, so that bad input leaves nothing behind. It holds
-    args.json, log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step",
-    "state" (what resuming needs), "rng"}. Raises ValueError where the folder already holds a run, or another
-    process writes there.
+    The folder is made when the first step begins: bad input leaves nothing behind. It holds args.json,
+    log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step", "state" (what
+    resuming needs), "rng"}. Raises ValueError where it already holds a run, or another process writes there.
     """
 
     def __init__(self, method, args):
@@ -351,12 +322,11 @@ class Run:
             args.workers = 0 if args.data == "scenes" else 2
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True
-        self.state, self.phase, self.step, self.loaded, self.terms = {}, -1, 0, None, {}
+        self.state, self.phase, self.step, self.terms, self.benched = {}, -1, 0, {}, {}
         self.bad, self.stop, self.stepping, self.reported, self.timer = 0, 0, False, set(), None
         self.lock = self.log = None
         self.folder = self._choose_folder()
-        if args.resume:
-            self.loaded = load_checkpoint(self.folder, method)
+        self.loaded = load_checkpoint(self.folder, method) if args.resume else None
         signal.signal(signal.SIGINT, self._signal)
         signal.signal(signal.SIGTERM, self._signal)
 
@@ -368,31 +338,29 @@ class Run:
             raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose "
                              "another --out")
         number, base = 2, folder
-        while not args.out and folder.exists():  # nothing is written over: a second run gets a number
+        while not args.out and folder.exists():                   # nothing is written over: the next number
             folder, number = Path(f"{base}-{number}"), number + 1
+        box = [folder]
         if self.world > 1:
-            box = [str(folder)]
             dist.broadcast_object_list(box)
-            folder = Path(box[0])
-        return folder
+        return box[0]
 
     def _open_folder(self):
         if self.phase == 0:
+            where = "" if self.args.bench else f", folder {self.folder}"
             self.say(f"{self.method} on {self.args.data} with {self.args.arch}, seed {self.args.seed}, "
                      f"{self.device}, {self.world} process{'es' * (self.world > 1)}, torch "
-                     f"{torch.__version__}"
-                     + ("" if self.args.bench else f", folder {self.folder}"))
+                     f"{torch.__version__}{where}")
         if self.lock or self.rank or self.args.bench:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
-        log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        if self.loaded:  # steps after the checkpoint will be done again
-            done = (self.loaded["phase"], self.loaded["step"])
-            lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
-        write(log, "".join(x + "\n" for x in lines if self.loaded).encode())
+        log, kept = self.folder / "log.jsonl", []
+        if self.loaded and log.exists():                          # steps after the checkpoint are done again
+            done, place = (self.loaded["phase"], self.loaded["step"]), operator.itemgetter("number", "step")
+            kept = [line + "\n" for line in log.read_text().splitlines() if place(json.loads(line)) <= done]
+        write(log, "".join(kept).encode())
         self.log = open(log, "a", buffering=1)
 
     def _signal(self, number, frame):
@@ -420,13 +388,12 @@ class Run:
     def steps(self, phase, total, dataset, **state):
         """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
 
-        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them.
-        state: modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had
-        finished restores its state and yields nothing. With --bench, a few batches are held in memory and
-        timed.
+        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them. state:
+        modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had finished
+        restores its state and yields nothing. With --bench, three batches are held in memory and timed.
         """
         self.state.update(state)
-        self.phase, self.step, self.total, self.name = self.phase + 1, 0, total, phase
+        self.phase, self.step, self.name = self.phase + 1, 0, phase
         self._open_folder()
         if self.loaded:
             self._restore(state)
@@ -435,17 +402,16 @@ class Run:
             self.step = self.loaded["step"]
             set_rng(self.loaded["rng"])
             self.loaded = None
-        elif not self.args.bench:
-            self.save()  # so that a run can be resumed from its first step on
-        keys = list(order(len(dataset), self.args.batch_size, self.step, self.step + 3, self.args.seed)) \
-            if self.args.bench else order(len(dataset), self.args.batch_size, self.step, total,
-                                          self.args.seed * 10_000_019 + self.phase * 1_000_003)
+        else:
+            self.save()                                           # resumable from its first step on
+        bench = self.args.bench
+        keys = order(len(dataset), self.args.batch_size, self.step, 3 if bench else total,
+                     self.args.seed * 10_000_019 + self.phase * 1_000_003)
         loader = torch.utils.data.DataLoader(
-            Drawn(dataset), batch_sampler=keys if self.args.bench else list_once(keys, total - self.step),
-            num_workers=0 if self.args.bench else self.args.workers, pin_memory=self.device.type == "cuda",
-            # its own generator: ours stays untouched
-            worker_init_fn=quiet_worker, generator=torch.Generator())
-        if self.args.bench:
+            Drawn(dataset), batch_sampler=keys, num_workers=0 if bench else self.args.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker,
+            generator=torch.Generator())                          # its own: ours stays untouched
+        if bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
             return
         bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", dynamic_ncols=True,
@@ -497,8 +463,8 @@ class Run:
             self.terms = dict(zip(terms, values))
             return True
         self.bad += 1
-        text = f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
-        text += ", ".join(batch["path"])
+        text = (f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
+                f"{', '.join(batch['path'])}")
         if self.bad > self.args.skip_bad_steps:
             self.save()  # the weights are those of the last good step
             raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower "
@@ -533,8 +499,7 @@ class Run:
 
     # -------------------------------- frozen features
     def features(self, backbone, dataset):
-        """(images, index) -> (B,D,h,w) of the frozen backbone; looked up, not computed, with
-        --cache-features."""
+        """-> function (images, index) -> (B,D,h,w) of the frozen backbone; --cache-features looks it up."""
         if dataset.size:                                          # refused before the run folder is made
             getattr(backbone, "backbone", backbone).grid(torch.empty(0, 3, dataset.size, dataset.size))
         if self.args.compile:
@@ -560,47 +525,30 @@ class Run:
     def _bench(self, phase, batches, warm_up=2):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.timer, self.since = {}, time.perf_counter()
         for step in range(self.args.bench + warm_up):
-            if step == warm_up:
+            if step in (0, warm_up):
                 self.timer, self.since = {}, time.perf_counter()
             yield step, batches[step % len(batches)]
             self.mark("rest")
         ms = {part: 1000 * seconds / self.args.bench for part, seconds in self.timer.items()}
         self.timer, total = None, sum(ms.values())
+        rate = 1000 * self.args.batch_size / total
+        ratio = total / ms["backbone"] if ms.get("backbone") else None
         figures = {"phase": phase, "method": self.method, "arch": self.args.arch, "size": self.args.size,
                    "batch_size": self.args.batch_size, "device": str(self.device),
-                   "threads": torch.get_num_threads(),
-                   "ms": {**ms, "step": total}, "images_per_second": 1000 * self.args.batch_size / total,
-                   "step_over_backbone": total / ms["backbone"] if ms.get("backbone") else None,
-                   "peak_gb": peak_memory(self.device)}
-        self.benched = {**getattr(self, "benched", {}), phase: figures}
-        self.say(f"{phase}: {total:.1f} ms a step, {figures['images_per_second']:.1f} images/s, peak "
-                 f"{figures['peak_gb']:.2f} GB; " + ", ".join(f"{k} {v:.1f} ms "
-                                                              f"({v / total:.0%})" for k, v in ms.items())
-                 + (f"; step / backbone "
-                    f"{figures['step_over_backbone']:.2f}" if figures["step_over_backbone"] else ""))
-        if self.args.json and self.rank == 0:  # the figures of the phase "head", where there is one
+                   "threads": torch.get_num_threads(), "ms": {**ms, "step": total}, "images_per_second": rate,
+                   "step_over_backbone": ratio, "peak_gb": peak_memory(self.device)}
+        self.benched[phase] = figures
+        parts = ", ".join(f"{part} {x:.1f} ms ({x / total:.0%})" for part, x in ms.items())
+        self.say(f"{phase}: {total:.1f} ms a step, {rate:.1f} images/s, peak {figures['peak_gb']:.2f} GB; "
+                 + parts + (f"; step / backbone {ratio:.2f}" if ratio else ""))
+        if self.args.json and self.rank == 0:                     # the phase "head" first, where there is one
             main_phase = self.benched.get("head", figures)
             write(Path(self.args.json), json.dumps({**main_phase, "phases": self.benched}, indent=1).encode())
 
 
-class list_once:
-    """A batch sampler with a length, so that loaders know it, around a generator that is read once."""
-
-    def __init__(self, keys, length):
-        self.keys, self.length = keys, length
-
-    def __iter__(self):
-        return self.keys
-
-    def __len__(self):
-        return self.length
-
-
 class FeatureCache:
-    """Frozen features of every image of a data set as fp16 (n,D,h,w), computed once, kept in memory, on the
-    GPU or in DIR.
+    """Frozen features of a data set as fp16 (n,D,h,w), computed once: kept in memory, on the GPU or in DIR.
 
     Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their
     sizes, so that a stale file is never used. Raises ValueError where the features would not fit.
@@ -657,16 +605,12 @@ class FeatureCache:
 
 
 def map_file(path, shape, shared):
-    """fp16 numbers in a file as a tensor of this shape; the system reads what is used. shared: writing
-    reaches the file."""
+    """A file of fp16 numbers as a tensor; the system reads what is used. shared: writing reaches the file."""
     size = math.prod(shape)
     return torch.from_file(str(path), shared=shared, size=size, dtype=torch.float16).view(shape)
 
 
 # ---------------------------------------------------------------- files
-
-CHECKPOINT = {"method", "args", "model", "phase", "step", "state", "rng"}
-
 
 def fingerprint(backbone, dataset):
     """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
@@ -685,18 +629,14 @@ def lock(folder):
     """Hold RUN/.lock as long as this process lives; the system frees it however the process ends."""
     handle = open(folder / ".lock", "w")
     try:
-        import fcntl  # not on Windows, where two runs are not kept apart
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
     except OSError:
         raise ValueError(f"another run is writing to {folder}; wait for it or choose another --out") from None
     return handle
 
 
 def write(path, data):
-    """Write bytes to a temporary file beside `path`, then rename: whoever reads `path` finds the old or the
-    new whole."""
+    """Bytes -> file, by way of a temporary one that is renamed: a reader finds the old or the new whole."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -724,9 +664,9 @@ def load_checkpoint(folder, method=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, a pickle with code, no checkpoint at all
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
-                         "not ours") \
-            from None
-    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
+                         "not ours") from None
+    keys = {"method", "args", "model", "phase", "step", "state", "rng"}
+    if not isinstance(content, dict) or not keys <= set(content):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
@@ -742,12 +682,11 @@ def load_trained(module, saved, path):
     """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
     own = trained(module)
     for key in sorted(set(own) ^ set(saved)):
-        raise ValueError(f"{path} does not fit: {key} is "
-                         f"{'missing' if key in own else 'unknown to this model'}")
-    for key in own:
-        kind, found = (own[key].dtype, own[key].shape), saved[key]
-        if not torch.is_tensor(found) or (found.dtype, found.shape) != kind:
-            raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
+        wrong = "missing" if key in own else "unknown to this model"
+        raise ValueError(f"{path} does not fit: {key} is {wrong}")
+    for key, x in own.items():
+        if not torch.is_tensor(saved[key]) or (saved[key].dtype, saved[key].shape) != (x.dtype, x.shape):
+            raise ValueError(f"{path} does not fit: {key} should be {x.dtype} {tuple(x.shape)}")
     module.load_state_dict(saved, strict=False)
 
 
@@ -785,9 +724,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 class Backbone(nn.Module):
     """What all backbones share: eval mode for good, sides that are multiples of the patch, an attention.
-
-    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before those of the patches.
-    """
+    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before the patches."""
     prefix = 0
 
     def train(self, mode=True):                   # inside a model that trains, batch norm must not follow
@@ -884,16 +821,15 @@ class ViT(Backbone):
         self.dim, self.patch, self.position, self.prefix = dim, patch, position, int(cls) + registers
         self.side = side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+
         def tokens(n):
             return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)) if n else None
-
         self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
         self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
         if position == "rotary":                                  # wavelengths in units of half an image side
             n = dim // heads // 4
             self.register_buffer("periods", 100 ** (torch.arange(n) / n))
-        scale = LayerScale if layer_scale else nn.Identity
-        mlp = SwiGLU if swiglu else MLP
+        mlp, scale = SwiGLU if swiglu else MLP, LayerScale if layer_scale else nn.Identity
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, scale, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
@@ -902,8 +838,7 @@ class ViT(Backbone):
         n = self.side
         if h == w == n:
             return self.pos_embed
-        rows = self.pos_embed.shape[1] - n * n
-        cls, table = self.pos_embed.float().split((rows, n * n), dim=1)
+        cls, table = self.pos_embed.float().tensor_split([-n * n], dim=1)
         how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)} if self.position == "offset" else \
             {"size": (h, w), "antialias": self.position == "antialias"}
         table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
@@ -938,8 +873,7 @@ class ViT(Backbone):
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), soft-maxed attention of the last block
-        (B, heads, prefix + N, prefix + N)."""
+        """-> features (B,D,h,w), soft-maxed attention of the last block (B,heads,prefix+N,prefix+N)."""
         tokens, attention, grid = self.tokens(images, with_map=True)
         return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
 
@@ -951,14 +885,14 @@ class ResNet50(Backbone):
     def __init__(self):
         super().__init__()
         net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
-        for name, child in net.named_children():                  # names of parameters stay torchvision's
-            if name not in ("avgpool", "fc"):
-                self.add_module(name, child)
+        for name, child in list(net.named_children())[:-2]:       # without avgpool and fc, names unchanged
+            self.add_module(name, child)
 
     def forward(self, images):
         self.grid(images)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for child in self.children():
+            images = child(images)
+        return images
 
 
 class DCT8(Backbone):
@@ -977,9 +911,8 @@ class DCT8(Backbone):
         basis = basis * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()          # orthonormal rows
         self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
         v, u = k.repeat(8), k.repeat_interleave(8)
-        # 0: the mean, 1, 2..3, 4..7
-        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))
-        lean = (u > 2 * v).long() - (v > 2 * u).long()  # mostly vertical, diagonal, mostly horizontal change
+        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))   # of 0, 1, 2..3, 4..7
+        lean = (u > 2 * v).long() - (v > 2 * u).long()            # change mostly downwards, diagonal, across
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
         self.register_buffer("bands", F.one_hot(band + 1, 10)[:, 1:].float().T.reshape(9, 64, 1, 1))
         self.register_buffer("grey", torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD)
@@ -1094,9 +1027,6 @@ class Inert:
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def __setstate__(self, state):
         self.state = state
 
@@ -1116,7 +1046,7 @@ HARMLESS = re.compile(
 def read_tensors(path):
     """What a published checkpoint holds: tensors and plain values; a trainer's objects come as Inert.
 
-    Reads torch.save's files (always weights_only=True: nothing is run) and safetensors. Raises ValueError or
+    Reads torch.save's files (weights_only=True: nothing is run) and safetensors. Raises ValueError or
     FileNotFoundError.
     """
     path = Path(path)
@@ -1126,9 +1056,10 @@ def read_tensors(path):
         return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:                                # a file that names more than tensors
+        pass
     except Exception as error:
-        if not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
+        raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:                                             # before torch 1.6 files were no zips
@@ -1187,11 +1118,9 @@ DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder
 
 def backbone_tensors(content):
     """The tensors of the backbone in a checkpoint: unwrapped, without common prefixes, heads dropped."""
-    for key in ("teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
     content = content if isinstance(content, dict) else {}
+    wrappers = "teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"
+    content = next((content[key] for key in wrappers if isinstance(content.get(key), dict)), content)
     state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.",
                    "dinov2.", "dinov2_with_registers.", "dinov3_vit."):
@@ -1283,25 +1212,18 @@ def published(arch):
     note = path.with_name(path.name + ".sha256")
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as lock_file:
-        try:
-            import fcntl                                          # the other processes of a run wait
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        except ImportError:
-            pass
+        fcntl.flock(lock_file, fcntl.LOCK_EX)                     # the other processes of a run wait
         try:
             download(url, path, sha256 if len(sha256 or "") == 64 else None, size)
         except OSError as error:
             raise OSError(f"{error}, or give --weights FILE") from None
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digest = digest.hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         expected = sha256 or (note.read_text().strip() if note.exists() else "")
         if not digest.startswith(expected):
             raise ValueError(f"{path} has changed or is another file: its sha256 is {digest[:8]}..., not "
                              f"{expected[:8]}...; delete it and it is fetched again")
-        if not sha256 and not expected:
+        if not expected:
             note.write_text(digest + "\n")
     return path
 
@@ -1331,14 +1253,13 @@ def download(url, path, sha256=None, size=None):
         if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
             raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
         total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
-    have, digest = part.stat().st_size, hashlib.sha256()
+    have = part.stat().st_size
     if total is not None and have < total:
         raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
     with open(part, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    if total not in (None, have) or sha256 not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if total not in (None, have) or sha256 not in (None, digest):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest.hexdigest()}), now deleted")
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest}), now deleted")
     os.replace(part, path)
     return path

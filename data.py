@@ -42,7 +42,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -389,23 +389,21 @@ def pair(ids, images, suffix, labels, label_suffix):
             [f"{labels}{os.sep}{i}{label_suffix}" if i + label_suffix in there else None for i in ids])
 
 
-def coco(train, val):
+def coco(train, val, root, split, protocol):
     """COCO-Stuff with the curated lists of these names; where FULL is absent, it is every image."""
-    def find(root, split, protocol):
-        part, name = f"{split}2017", {"train": train, "val": val}[split]
-        base = base_of(root, f"images/{part}", "cocostuff")
-        if protocol == "picie" and name == FULL:
-            name = CURATED
-        lists = [path / "curated" / part / f"{name}.txt" for path in (base, *sorted(base.glob("*/")))]
-        lists = [path for path in lists if path.is_file()]
-        if lists:
-            ids = [Path(line).stem for line in read_lines(lists[0])]
-        elif name == FULL:
-            ids = sorted(name[:-4] for name in os.listdir(base / "images" / part) if name.endswith(".jpg"))
-        else:
-            raise FileNotFoundError(f"no {base}/curated/{part}/{name}.txt; --download fetches or makes it")
-        return pair(ids, base / "images" / part, ".jpg", base / "annotations" / part, ".png")
-    return find
+    part, name = f"{split}2017", {"train": train, "val": val}[split]
+    base = base_of(root, f"images/{part}", "cocostuff")
+    if protocol == "picie" and name == FULL:
+        name = CURATED
+    paths = [path / "curated" / part / f"{name}.txt" for path in (base, *sorted(base.glob("*/")))]
+    path = next(filter(Path.is_file, paths), None)
+    if path:
+        ids = [Path(line).stem for line in read_lines(path)]
+    elif name == FULL:
+        ids = sorted(name[:-4] for name in os.listdir(base / "images" / part) if name.endswith(".jpg"))
+    else:
+        raise FileNotFoundError(f"no {base}/curated/{part}/{name}.txt; --download fetches or makes it")
+    return pair(ids, base / "images" / part, ".jpg", base / "annotations" / part, ".png")
 
 
 def cityscapes(root, split, protocol):
@@ -416,14 +414,11 @@ def cityscapes(root, split, protocol):
     return list(map(str, paths)), [str(label) if label.is_file() else None for label in labels]
 
 
-def potsdam(train, val):
+def potsdam(train, val, root, split, protocol):
     """IIC's layout; `train` and `val` are its lists."""
-    def find(root, split, protocol):
-        base = base_of(root, "imgs", "potsdam", "Potsdam")
-        lists = [base / f"{name}.txt" for name in {"train": train, "val": val}[split]]
-        ids = [i for path in lists for i in read_lines(path)]
-        return pair(ids, base / "imgs", ".mat", base / "gt", ".mat")
-    return find
+    base = base_of(root, "imgs", "potsdam", "Potsdam")
+    ids = [i for name in {"train": train, "val": val}[split] for i in read_lines(base / f"{name}.txt")]
+    return pair(ids, base / "imgs", ".mat", base / "gt", ".mat")
 
 
 def voc(root, split, protocol):
@@ -455,19 +450,20 @@ class Set(NamedTuple):
 FULL, CURATED, FEW = "Coco164kFull_Stuff_Coarse", "Coco164kFull_Stuff_Coarse_7", "Coco164kFew_Stuff_6"
 LABELLED = "labelled_train", "labelled_test"
 SETS = {
-    "coco27": Set(coco(FULL, CURATED), COCO27_NAMES, colours(27), COCO27, (None, 2175)),
-    "coco15": Set(coco(CURATED, CURATED), COCO27_NAMES[12:], colours(27)[12:], COCO15, (49629, 2175)),
-    "coco3": Set(coco(FEW, FEW), ["sky", "plant", "ground"], colours(27)[[23, 22, 21]], COCO3),
-    "coco81": Set(coco(FULL, FULL), ["background", *THING_NAMES], colours(81, 0), COCO81),
-    "coco171": Set(coco(FULL, FULL), THING_NAMES + STUFF_NAMES, colours(171), COCO171),
+    "coco27": Set(partial(coco, FULL, CURATED), COCO27_NAMES, colours(27), COCO27, (None, 2175)),
+    "coco15": Set(partial(coco, CURATED, CURATED), COCO27_NAMES[12:], colours(15, 13), COCO15, (49629, 2175)),
+    "coco3": Set(partial(coco, FEW, FEW), ["sky", "plant", "ground"], colours(27)[[23, 22, 21]], COCO3),
+    "coco81": Set(partial(coco, FULL, FULL), ["background", *THING_NAMES], colours(81, 0), COCO81),
+    "coco171": Set(partial(coco, FULL, FULL), THING_NAMES + STUFF_NAMES, colours(171), COCO171),
     "cityscapes27": Set(cityscapes, CITY27_NAMES, CITY27_COLOURS, CITY27, (2975, 500)),
     "cityscapes19": Set(cityscapes, [CITY27_NAMES[k] for k in CITY19_OF_27], CITY27_COLOURS[CITY19_OF_27],
                         CITY19, (2975, 500), ("picie", "whole")),
-    "potsdam3": Set(potsdam(LABELLED[:1], LABELLED[1:]), ["road and car", "building and clutter", "plants"],
-                    POTSDAM6_COLOURS[[0, 1, 3]], table("0,4", "1,5", "2,3"), (4545, 855)),
+    "potsdam3": Set(partial(potsdam, LABELLED[:1], LABELLED[1:]),
+                    ["road and car", "building and clutter", "plants"], POTSDAM6_COLOURS[[0, 1, 3]],
+                    table("0,4", "1,5", "2,3"), (4545, 855)),
     # as IIC and SAN have it: trained on every image, scored on every labelled one
-    "potsdam6": Set(potsdam(("unlabelled_train", *LABELLED), LABELLED), POTSDAM6_NAMES, POTSDAM6_COLOURS,
-                    identity(6), (8550, 5400)),
+    "potsdam6": Set(partial(potsdam, ("unlabelled_train", *LABELLED), LABELLED), POTSDAM6_NAMES,
+                    POTSDAM6_COLOURS, identity(6), (8550, 5400)),
     "voc21": Set(voc, VOC_NAMES, colours(21, 0), identity(21), (1464, 1449), ("squash", "squash")),
     "camvid": Set(camvid, CAMVID_NAMES, CAMVID_COLOURS, identity(11), (367, 101), ("picie", "whole")),
 }
@@ -480,24 +476,22 @@ def list_images(folder, skip=()):
     while todo:
         at = todo.pop()
         real = os.path.realpath(os.path.join(folder, at))
-        if real in seen:                                        # a link that leads back up
-            continue
+        entries = () if real in seen else os.scandir(real)      # a link may lead back up
         seen.add(real)
-        with os.scandir(real) as entries:
-            for entry in entries:
-                name = os.path.join(at, entry.name)
-                if entry.name.startswith((".", "__MACOSX")) or name in skip:
-                    continue
-                if entry.is_dir():
-                    todo.append(name)
-                elif os.path.splitext(name)[1].lower() in SUFFIXES:
-                    found.append(name)
+        for entry in entries:
+            name = os.path.join(at, entry.name)
+            if entry.name.startswith((".", "__MACOSX")) or name in skip:
+                continue
+            if entry.is_dir():
+                todo.append(name)
+            elif os.path.splitext(name)[1].lower() in SUFFIXES:
+                found.append(name)
     return sorted(found)
 
 
 def folder(root, split, seed):
     """A user's own images (docstring of this file, or split "all") -> paths, label paths, names, skipped."""
-    labels_at = next((at for at in (root / "labels", root.parent / "labels") if at.is_dir()), root / "labels")
+    labels_at = root / "labels" if (root / "labels").is_dir() else root.parent / "labels"
     labels = {os.path.splitext(name)[0]: str(labels_at / name) for name in list_images(labels_at)}
     pairs, skipped = {}, []
     for name in tqdm(list_images(root, skip=("labels",)), "headers", delay=2, disable=None):
@@ -655,15 +649,14 @@ def download(url, path, sha256=None, size=None):
         if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
             raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
         total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
-    have, digest = part.stat().st_size, hashlib.sha256()
+    have = part.stat().st_size
     if total is not None and have < total:
         raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
     with open(part, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    if total not in (None, have) or sha256 not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if total not in (None, have) or sha256 not in (None, digest):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest.hexdigest()}), now deleted")
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest}), now deleted")
     os.replace(part, path)
     return path
 
@@ -787,7 +780,7 @@ def prepare(name, root):
 # ---------------------------------------------------------------- checking and measuring
 def inspect(paths):
     """(image path, label path or None) -> size, pixels per id in the label (256,), what is wrong or ""."""
-    size, count = (0, 0), np.zeros(256, np.int64)
+    size, count, wrong = (0, 0), np.zeros(256, np.int64), ""
     try:
         size = read_image(paths[0]).size
         if paths[1]:
@@ -796,17 +789,23 @@ def inspect(paths):
             if ids.shape[::-1] != size:
                 raise ValueError(f"the label has {ids.shape[::-1]} pixels, the image {size}")
     except Exception as error:                                  # as in Images.__getitem__
-        return size, count, f"{paths[0]}: {describe(error)}"
-    return size, count, ""
+        wrong = f"{paths[0]}: {describe(error)}"
+    return size, count, wrong
+
+
+def load_and_count(name, root, split):
+    """Load a split and print its number of images -> Images, the published number or None."""
+    images = load(name, root, split)
+    published = SETS[name].counts[split == "val"] if name in SETS else None
+    print(f"{split}: {len(images):,} images" + (f" (published: {published:,})" if published else ""))
+    return images, published
 
 
 def check(name, root):
     """Read every pair of train and val once and print what was found -> number of problems."""
     problems = 0
-    for k, split in enumerate(("train", "val")):
-        images = load(name, root, split)
-        published = SETS[name].counts[k] if name in SETS else None
-        print(f"{split}: {len(images):,} images" + (f" (published: {published:,})" if published else ""))
+    for split in ("train", "val"):
+        images, published = load_and_count(name, root, split)
         bad = [": ".join(pair) for pair in images.skipped]
         if published not in (None, len(images)):
             bad.append(f"{len(images):,} images where {published:,} were published")
@@ -898,10 +897,10 @@ def main(argv=None):
         preview(load(name, args.root, "val"), args.out)
         print(args.out)
     elif args.bench is not None:
-        count = [word for word in args.bench if word != "data"] or ["500"]
-        if not count[0].isdecimal() or not int(count[0]):
-            raise ValueError(f"--bench data N: N is a number of images, not {count[0]}")
-        result = bench(name, args.root, int(count[0]), args.workers)
+        number = [*(word for word in args.bench if word != "data"), "500"][0]
+        if not number.isdecimal() or not int(number):
+            raise ValueError(f"--bench data N: N is a number of images, not {number}")
+        result = bench(name, args.root, int(number), args.workers)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
     else:
@@ -911,11 +910,9 @@ def main(argv=None):
         if args.root is None and name in SETS:
             print("--root DIR says what is there and what is missing")
             return 0
-        for k, split in enumerate(("train", "val")):
-            published = SETS[name].counts[k] if name in SETS else None
+        for split in ("train", "val"):
             try:
-                print(f"{split}: {len(load(name, args.root, split)):,} images", end="")
-                print(f" (published: {published:,})" if published else "")
+                load_and_count(name, args.root, split)
             except FileNotFoundError as error:
                 print(f"{split}: missing: {error}")
                 failed = 1
