@@ -677,7 +677,7 @@ def fingerprint(backbone, dataset):
                         if isinstance(v, (str, int, float, tuple, type(None)))))).encode())
     for path in getattr(dataset, "paths", ()):
         stat = os.stat(path) if os.path.exists(path) else None
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+        digest.update(os.fsencode(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"))    # any bytes
     return digest.hexdigest()[:16]
 
 
