@@ -305,7 +305,7 @@ class Drawn(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             item = self.dataset[index]
-            error, step = item["error"], 1
+            error, step = item["error"] and f"{item['path']}: {item['error']}", 1
             while item["error"]:                                  # unreadable: the next image takes its place
                 if step == len(self.dataset):
                     raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")

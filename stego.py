@@ -185,8 +185,9 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, i):
         j = self.neighbors[i, torch.randint(1, self.neighbors.shape[1], ())].item()
         item, other = self.images[i], self.images[j]
-        return {**item, "error": item["error"] or other["error"], "positive": other["image"],
-                "positive_index": j}
+        if other["error"]:                                       # names its file; the next pair takes its place
+            return other
+        return {**item, "positive": other["image"], "positive_index": j}
 
 
 def nearest_neighbors(features, k):
