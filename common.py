@@ -631,6 +631,8 @@ class FeatureCache:
             self.table = map_file(file, shape, shared=False)
         run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an "
                 f"image ({where})")
+        # their files are not opened again, so the data set must know which rows hold no features
+        dataset.unreadable = set(self.table[:, 0, 0, 0].isnan().nonzero().flatten().tolist())
         dataset.read_images = False
 
     def _room(self, where):
@@ -650,10 +652,12 @@ class FeatureCache:
             if not torch.isfinite(feats).all():
                 raise FloatingPointError(f"the backbone's features are not finite; images: "
                                          f"{', '.join(batch['path'])}")
+            feats[torch.tensor([bool(error) for error in batch["error"]])] = math.nan
             self.table[batch["index"].to(self.table.device)] = feats.half().to(self.table.device)
 
     def __call__(self, images, index):
-        return self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
+        feats = self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
+        return feats.nan_to_num()                                 # an unreadable image is like no other
 
 
 def map_file(path, shape, shared):

@@ -141,6 +141,7 @@ class Images(Dataset):
     image), skipped [(path, reason)]. An unreadable label is an `error` outside "train" only: what training
     sees must not depend on labels."""
     read_images = True                                          # False: empty images, for cached features
+    unreadable = ()                                             # items that then count as such
 
     def __init__(self, name, split, paths, labels, names, palette, table=None, size=224, crops=None,
                  crop_ratio=0.5, protocol="picie", multiple=1, skipped=(), arrays=None):
@@ -191,7 +192,8 @@ class Images(Dataset):
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
-        image, label, error = None, None, ""
+        image, label = None, None
+        error = "" if self.read_images or i not in self.unreadable else "unreadable when features were cached"
         try:
             image = self.read(i) if self.read_images else None
         except Exception as reason:         # Pillow raises nearly anything; one bad file must not end a run
