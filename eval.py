@@ -765,9 +765,10 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
         watched = evenly(len(share), len(val))
         order = [i for i in share.argsort(descending=True).tolist() if share[i].isfinite()]
         order = order if len(order) < 6 else order[:3] + order[-3:]
-        pictures["best_and_worst.png"] = samples(
-            [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
-            [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
+        if order:                                                 # else no labelled pixel was scored
+            pictures["best_and_worst.png"] = samples(
+                [("prediction", model)], val, device, [watched[i] for i in order], [(ids, names, palette)],
+                [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
         pictures["confusion.png"] = confusion_picture(
             matched(result["cluster"], assignment), val.names,
             f"{val.name} {val.split}: clusters, named by Hungarian matching")
