@@ -510,9 +510,13 @@ def folder(root, split, seed):
         except Exception as error:                              # as in Images.__getitem__
             skipped.append((path, describe(error)))
             continue
-        if label and upright_size(label) != (w, h):
+        try:
+            size = upright_size(label) if label else (w, h)
+        except Exception as error:
+            raise ValueError(f"label {label} cannot be read: {describe(error)}") from None
+        if size != (w, h):
             raise ValueError("label {} has {}x{} pixels, its image {} has {}x{}; they must be equal"
-                             .format(label, *upright_size(label), path, w, h))
+                             .format(label, *size, path, w, h))
         pairs[name] = label
     if labels and not all(pairs.values()) and split != "val":
         say(f"{labels_at}: {sum(map(bool, pairs.values())):,} of {len(pairs):,} images have a label there")
