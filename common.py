@@ -180,6 +180,9 @@ def main(arguments, presets, train):
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sys.exit(report(error))
     except RuntimeError as error:
+        if "stack expects each tensor to be equal size" in str(error):                   # --protocol whole
+            sys.exit(report(ValueError("the images have different shapes, which no batch can hold; the "
+                                       "protocols stego, picie and squash make them equal")))
         if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
             raise
         sys.exit(report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " "))))
