@@ -377,7 +377,11 @@ def base_of(root, inside, *nested):
 
 
 def read_lines(path):
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")                      # Windows puts a mark before the first line
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as such") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def pair(ids, images, suffix, labels, label_suffix):

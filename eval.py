@@ -1122,7 +1122,7 @@ def label_names(folder, model, options):
     else:
         ids, names, palette = naming(torch.full((len(model.cluster.clusters),), -1), [], [])
     if options.names:
-        given = [line.strip() for line in Path(options.names).read_text().splitlines() if line.strip()]
+        given = data.read_lines(Path(options.names))
         if len(given) != len(names):
             raise ValueError(f"{options.names} holds {len(given)} names, but the run has {len(names)} ids")
         names = given
