@@ -194,8 +194,9 @@ def report(error):
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    text = re.sub(r"^\w+(Error|Exception): ", "", text)  # a loader worker's error carries its traceback
+    # a loader worker's error carries its traceback, whose last part counts; a file's name may hold line breaks
+    text = re.split(r"^\w+(?:Error|Exception): ", str(error).strip(), flags=re.M)[-1].replace("\n", "\\n")
+    text = text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         text = "the GPU's memory is full; take a smaller --batch-size or --size"
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -413,7 +414,7 @@ class Run:
     def say(self, text):
         """One line above the progress bar, from the first process only."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""

@@ -609,7 +609,7 @@ def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, p
 
 def say(text):
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(text.replace("\n", "\\n"), file=sys.stderr)       # a file's name may hold line breaks
 
 
 # ---------------------------------------------------------------- fetching and preparing
@@ -834,7 +834,7 @@ def check(name, root):
             for c, class_name in enumerate(images.names):
                 print(f"  {counts[images.table == c].sum() / max(1, counts.sum()):6.1%}  {class_name}")
         for text in bad[:20]:
-            print(f"  problem: {text}")
+            print("  problem:", text.replace("\n", "\\n"))
         print(f"  {len(bad)} problems" + (", the first 20 of them above" if len(bad) > 20 else ""))
         problems += len(bad)
     return problems
@@ -936,7 +936,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -750,7 +750,7 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
     print(table({TITLES.get(key, key): value for key, value in shown.items()}, val.names) if shown else
           "no labels, hence no scores; the pictures show what was found")
     for path, reason in result["failed"]:
-        print(f"not scored: {path}: {reason}", file=sys.stderr)
+        data.say(f"not scored: {path}: {reason}")
     content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names,
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
@@ -1082,7 +1082,7 @@ def segment(folder, options, device):
             image, photo = read_picture(file, size)
         # Pillow raises nearly anything for a broken file, and the others must go on
         except Exception as error:
-            failed.append((str(file), f"{type(error).__name__}: {error}"))
+            failed.append((str(file), data.describe(error)))
             continue
         image, shape = image[None].to(device), photo.shape[:2]
         found = predict(model, image, shape, options.flip, options.crf, options.tile)
@@ -1101,7 +1101,7 @@ def segment(folder, options, device):
         lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, share))]
         common.write(out / "legend.txt", "".join(lines).encode())
         for path, reason in failed:
-            print(f"not segmented: {path}: {reason}", file=sys.stderr)
+            data.say(f"not segmented: {path}: {reason}")
         done = len(inputs) - len(failed)
         print(f"segmented {done} of {len(inputs)} images into {out}; legend.png there names the colours")
     return 1 if failed else 0
@@ -1149,7 +1149,7 @@ def embed(model, dataset, folder, device):
     failed = collect(failed)
     if common.rank() == 0:
         for path, reason in failed:
-            print(f"not embedded: {path}: {reason}", file=sys.stderr)
+            data.say(f"not embedded: {path}: {reason}")
         print(f"wrote {len(dataset) - len(failed)} codes to {folder}, one array (K,h,w) per image")
     return 1 if failed else 0
 
