@@ -180,9 +180,6 @@ def main(arguments, presets, train):
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sys.exit(report(error))
     except RuntimeError as error:
-        if "stack expects each tensor to be equal size" in str(error):                   # --protocol whole
-            sys.exit(report(ValueError("the images have different shapes, which no batch can hold; the "
-                                       "protocols stego, picie and squash make them equal")))
         if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
             raise
         sys.exit(report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " "))))
@@ -317,6 +314,15 @@ class Drawn(torch.utils.data.Dataset):
         return {**item, "error": error}
 
 
+def together(items):
+    """Items as a batch. ValueError where their images have several shapes, as --protocol whole leaves them."""
+    shapes = sorted({tuple(item["image"].shape[-2:]) for item in items})
+    if len(shapes) > 1:
+        raise ValueError(f"images of {shapes[0]} and {shapes[1]} pixels (height, width) cannot share a batch; "
+                         "--protocol stego, picie or squash makes them equal")
+    return torch.utils.data.default_collate(items)
+
+
 def order(n, batch, start, steps, seed):
     """Batches of (index, seed) for this process: epochs of shuffled images, chained, so that every batch is
     full."""
@@ -448,7 +454,7 @@ class Run:
             Drawn(dataset), batch_sampler=keys if self.args.bench else list_once(keys, total - self.step),
             num_workers=0 if self.args.bench else self.args.workers, pin_memory=self.device.type == "cuda",
             # its own generator: ours stays untouched
-            worker_init_fn=quiet_worker, generator=torch.Generator())
+            worker_init_fn=quiet_worker, generator=torch.Generator(), collate_fn=together)
         if self.args.bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
             return
@@ -612,7 +618,7 @@ class FeatureCache:
 
     def __init__(self, run, backbone, dataset):
         self.run, where = run, run.args.cache_features
-        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers,
+        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers, collate_fn=together,
                                              worker_init_fn=quiet_worker, generator=torch.Generator())
         with torch.no_grad(), run.autocast():
             shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])

@@ -221,7 +221,7 @@ def neighbors_of(run, features, backbone, images, k):
     pooled = torch.zeros(len(images), backbone.dim, device=run.device)
     for items in eval.batches(images, 16, run.args.workers, "neighbours"):
         index = torch.tensor([item["index"] for item in items])
-        feats = features(torch.stack([item["image"] for item in items]).to(run.device), index)
+        feats = features(common.together(items)["image"].to(run.device), index)
         pooled[index.to(run.device)] = feats.mean((2, 3))
     neighbors = nearest_neighbors(common.reduce_sum(pooled), 1 + k).cpu()
     if run.rank == 0:
