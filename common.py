@@ -9,6 +9,7 @@ import ast
 import collections
 import contextlib
 import difflib
+import gc
 import hashlib
 import http.client
 import io
@@ -176,13 +177,15 @@ def main(arguments, presets, train):
     """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit
     code."""
     try:
-        sys.exit(train(parse(arguments, presets)))
+        code = train(parse(arguments, presets))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sys.exit(report(error))
+        code = report(error)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
             raise
-        sys.exit(report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " "))))
+        code = report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " ")))
+    gc.collect()  # the error held the loader's processes, which must not be ended by Python's exit: it complains
+    sys.exit(code)
 
 
 def report(error):
