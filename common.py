@@ -176,6 +176,7 @@ from tqdm import tqdm  # noqa: E402
 def main(arguments, presets, train):
     """Run a method from the command line. Every expected mistake ends in one line on stderr and an exit
     code."""
+    sys.__stdout__.reconfigure(errors="backslashreplace")         # a file's name may be no text
     try:
         code = train(parse(arguments, presets))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:

@@ -933,6 +933,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # a file's name may be no text
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

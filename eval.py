@@ -1396,6 +1396,7 @@ def run(options):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")             # a file's name may be no text
     try:
         sys.exit(run(arguments().parse_args()))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
