@@ -27,9 +27,11 @@ Numbers of different protocols do not compare: the central square of a Cityscape
 """
 import argparse
 import difflib
+import gzip
 import hashlib
 import http.client
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -689,9 +691,12 @@ def extract(archive, folder):
                 name, size = (member.filename, member.file_size) if zipped else (member.name, member.size)
                 target, is_dir = (folder / name).resolve(), member.is_dir() if zipped else member.isdir()
                 link = stat.S_ISLNK(member.external_attr >> 16) if zipped else not (is_dir or member.isfile())
-                if link or folder not in (target, *target.parents) or "\\" in name:
+                inside = folder in target.parents or is_dir and target == folder
+                if link or not inside or "\\" in name:
                     raise ValueError(f"{archive}: {name!r} is a link or points outside; nothing was unpacked")
                 files += [] if is_dir else [(member, target, size)]
+            while not zipped and content.fileobj.read(2 ** 20):     # gzip's checksum comes after the last byte
+                pass
             for member, target, size in tqdm(files, Path(archive).name, disable=len(files) < 100):
                 if target.is_file() and target.stat().st_size == size:
                     continue
@@ -701,7 +706,8 @@ def extract(archive, folder):
                 with unpack(member) as packed, open(part, "wb") as file:
                     shutil.copyfileobj(packed, file)
                 os.replace(part, target)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile,
+            RuntimeError) as error:                             # the last: encrypted, or of an unknown method
         raise OSError(f"{archive} cannot be unpacked ({describe(error)}); delete it and try again") from None
 
 
