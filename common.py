@@ -534,16 +534,18 @@ class Run:
               "phase": self.phase, "step": self.step, "rng": get_rng()}, self.folder / "last.pt")
 
     def _restore(self, state):
+        path = self.folder / "last.pt"
         for name, x in state.items():
-            if name not in self.loaded["state"]:
-                continue
+            if name not in self.loaded["state"]:                  # going on would train it from the start
+                raise ValueError(f"{path} does not fit: {name} is missing")
             saved = self.loaded["state"][name]
             if isinstance(x, nn.Module):
-                load_trained(x, saved, self.folder / "last.pt")
-            elif hasattr(x, "load_state_dict"):
-                x.load_state_dict(saved)
-            else:
-                x.data.copy_(saved)
+                load_trained(x, saved, path)
+                continue
+            try:
+                x.load_state_dict(saved) if hasattr(x, "load_state_dict") else x.data.copy_(saved)
+            except Exception as error:                            # torch raises many kinds for what is damaged
+                raise ValueError(f"{path} does not fit: {name}: {type(error).__name__}: {error}") from None
 
     # -------------------------------- frozen features
     def features(self, backbone, dataset):
@@ -683,7 +685,8 @@ def map_file(path, shape, shared):
 
 # ---------------------------------------------------------------- files
 
-CHECKPOINT = {"method", "args", "model", "phase", "step", "state", "rng"}
+CHECKPOINT = {"method": str, "args": dict, "model": (dict, type(None)), "phase": int, "step": int, "state": dict,
+              "rng": list}
 
 
 def fingerprint(backbone, dataset):
@@ -744,7 +747,8 @@ def load_checkpoint(folder, method=None):
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
                          "not ours") \
             from None
-    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
+    if not isinstance(content, dict) or not all(isinstance(content.get(k, ...), v)
+                                                for k, v in CHECKPOINT.items()):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
@@ -759,12 +763,15 @@ def trained(x):
 def load_trained(module, saved, path):
     """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
     own = trained(module)
-    for key in sorted(set(own) ^ set(saved)):
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} does not fit: it holds no weights where {type(module).__name__}'s should be")
+    for key in sorted(set(own) ^ set(saved), key=str):
         raise ValueError(f"{path} does not fit: {key} is "
                          f"{'missing' if key in own else 'unknown to this model'}")
     for key in own:
         kind, found = (own[key].dtype, own[key].shape), saved[key]
-        if not torch.is_tensor(found) or (found.dtype, found.shape) != kind:
+        whole = torch.is_tensor(found) and found.layout is torch.strided and found.device.type == "cpu"
+        if not whole or (found.dtype, found.shape) != kind:
             raise ValueError(f"{path} does not fit: {key} should be {own[key].dtype} {tuple(own[key].shape)}")
     module.load_state_dict(saved, strict=False)
 
@@ -774,9 +781,12 @@ def get_rng():
 
 
 def set_rng(states):
-    torch.set_rng_state(states[0])
-    if len(states) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[1])
+    try:
+        torch.set_rng_state(states[0])
+        if len(states) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[1])
+    except (TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's random state is damaged ({error}); start the run again") from None
 
 
 def peak_memory(device):

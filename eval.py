@@ -796,11 +796,17 @@ def load_run(folder, device="cpu", root=None, weights=None):
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
         raise ValueError(f"{folder}: {checkpoint['method']!r} is none of {', '.join(common.METHODS)}")
-    args = argparse.Namespace(**checkpoint["args"])
-    args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     if checkpoint["model"] is None:
         raise ValueError(f"{folder} holds no trained model yet; continue it with --resume {folder}")
-    model = importlib.import_module(checkpoint["method"]).Model(args)
+    try:
+        args = argparse.Namespace(**checkpoint["args"])
+        args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
+        model = importlib.import_module(checkpoint["method"]).Model(args)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:                                    # options missing, or of no sense
+        raise ValueError(f"{folder}/last.pt: its options make no model of {checkpoint['method']}.py "
+                         f"({data.describe(error)}); it is damaged or not ours") from None
     common.load_trained(model, checkpoint["model"], Path(folder) / "last.pt")
     return model.to(device).eval(), args, checkpoint
 
