@@ -402,11 +402,16 @@ class Run:
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
         log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        if self.loaded:  # steps after the checkpoint will be done again
-            done = (self.loaded["phase"], self.loaded["step"])
-            lines = [x for x in lines if (lambda e: (e["number"], e["step"]) <= done)(json.loads(x))]
-        write(log, "".join(x + "\n" for x in lines if self.loaded).encode())
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+
+        def is_done(line):  # steps after the checkpoint will be done again
+            try:
+                entry = json.loads(line)
+                return (entry["number"], entry["step"]) <= (self.loaded["phase"], self.loaded["step"])
+            except (ValueError, KeyError, TypeError):             # a line that a power failure cut off
+                return False
+        lines = [line for line in lines if self.loaded and is_done(line)]
+        write(log, "".join(x + "\n" for x in lines).encode())
         self.log = open(log, "a", buffering=1)
 
     def _signal(self, number, frame):

@@ -742,6 +742,17 @@ def matching(result, val):
 TITLES = {"majority": "majority vote", "linear": "linear probe", "kmeans": "K-means, raw"}
 
 
+def read_scores(path):
+    """What a scores.json holds, {} where there is none."""
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
+    return saved
+
+
 def report(folder, model, val, device, result, shown, prefix="", **more):
     """Print the table of `shown`; write scores.json, samples, best_and_worst and confusion.png."""
     assignment = matching(result, val)
@@ -755,7 +766,7 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
     path = folder / f"{prefix}scores.json"
-    before = json.loads(path.read_text()) if path.exists() else {}  # a method's own rows, other variants
+    before = read_scores(path)  # a method's own rows, other variants
     common.write(path, json.dumps({**before, **plain(content)}, indent=1).encode())
     pictures = {"samples.png": samples([("prediction", model)], val, device, evenly(4, len(val)),
                                        [(ids, names, palette)])}
@@ -845,7 +856,7 @@ def score_run(folder, options, device):
         train = load_data(options, args, "train", patch)
         clusters = options.clusters or val.classes
         shown |= fitted_on_code(model, train, val, device, clusters, other, args.seed, count)
-    before = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+    before = read_scores(folder / "scores.json")
     if before.get("kmeans") and not prefix:  # measured when training ended
         shown["kmeans"] = {key: torch.tensor([math.nan if x is None else x for x in value])
                            if isinstance(value, list) else value for key, value in before["kmeans"].items()}
@@ -1115,8 +1126,7 @@ def segment(folder, options, device):
 
 def label_names(folder, model, options):
     """ids of the head's outputs, names, palette: as found when the run was scored, else cluster numbers."""
-    path = Path(folder) / "scores.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved = read_scores(Path(folder) / "scores.json")
     palette = np.array(saved.get("palette", []), np.uint8).reshape(-1, 3)
     if options.head == "linear":
         if model.linear is None or not saved.get("classes"):
