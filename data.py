@@ -498,8 +498,8 @@ def list_images(folder, skip=()):
                     continue
                 if entry.is_dir():
                     todo.append(name)
-                elif os.path.splitext(name)[1].lower() in SUFFIXES:
-                    found.append(name)
+                elif os.path.splitext(name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                    found.append(name)                          # a pipe would block; dead links are told of
     return sorted(found)
 
 
