@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import http.client
 import io
@@ -126,7 +127,7 @@ def read_args(folder):
         raise FileNotFoundError(f"there is no run folder {folder}")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        if not {"seed", "batch_size"} <= set(saved):
+        if not isinstance(saved, dict) or not {"seed", "batch_size"} <= set(saved):
             raise ValueError
         return saved
     except FileNotFoundError:
@@ -165,14 +166,17 @@ from tqdm import tqdm  # noqa: E402
 
 def main(arguments, presets, train):
     """Run a method from the command line. A mistake to expect ends in one line on stderr and an exit code."""
+    sys.__stdout__.reconfigure(errors="backslashreplace")         # a file's name may be no text
     try:
-        sys.exit(train(parse(arguments, presets)))
+        code = train(parse(arguments, presets))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sys.exit(report(error))
+        code = report(error)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
             raise
-        sys.exit(report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " "))))
+        code = report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " ")))
+    gc.collect()  # the error held the loader's processes; Python's exit, if left to end them, complains
+    sys.exit(code)
 
 
 def report(error):
@@ -181,8 +185,9 @@ def report(error):
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
-    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    text = re.sub(r"^\w+(Error|Exception): ", "", text)  # a loader worker's error carries its traceback
+    # a loader worker's error carries its traceback, whose last part counts; a file's name may have line breaks
+    text = re.split(r"^\w+(?:Error|Exception): ", str(error).strip(), flags=re.M)[-1].replace("\n", "\\n")
+    text = text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         text = "the GPU's memory is full; take a smaller --batch-size or --size"
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -209,7 +214,8 @@ def start_processes(device=None):
         device = torch.device(device or accelerator or "cpu")
     except RuntimeError:
         raise ValueError(f"--device {device} is no device; cpu, cuda, cuda:1 are") from None
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type
+                                 or (device.index or 0) >= torch.accelerator.device_count()):
         raise ValueError(f"--device {device}: this machine has no such device; --device cpu always works")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
@@ -281,15 +287,24 @@ class Drawn(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed)
             for step in range(len(self.dataset)):                 # unreadable: the next image takes its place
                 item = self.dataset[(index + step) % len(self.dataset)]
-                error = error or item["error"]
                 if not item["error"]:
                     return {**item, "error": error}
+                error = error or f"{item['path']}: {item['error']}"
         raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
 
 
 @functools.lru_cache(1)
 def shuffled(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def together(items):
+    """Items as a batch. ValueError where their images have several shapes, as with --protocol whole."""
+    shapes = sorted({tuple(item["image"].shape[-2:]) for item in items})
+    if len(shapes) > 1:
+        raise ValueError(f"images of {shapes[0]} and {shapes[1]} pixels (height, width) cannot share a "
+                         "batch; --protocol stego, picie or squash makes them equal")
+    return torch.utils.data.default_collate(items)
 
 
 def order(n, batch, start, steps, seed):
@@ -356,11 +371,16 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
-        log, kept = self.folder / "log.jsonl", []
-        if self.loaded and log.exists():                          # steps after the checkpoint are done again
-            done, place = (self.loaded["phase"], self.loaded["step"]), operator.itemgetter("number", "step")
-            kept = [line + "\n" for line in log.read_text().splitlines() if place(json.loads(line)) <= done]
-        write(log, "".join(kept).encode())
+        log = self.folder / "log.jsonl"
+
+        def is_done(line):                                        # steps after the checkpoint are done again
+            try:
+                entry = json.loads(line)
+                return (entry["number"], entry["step"]) <= (self.loaded["phase"], self.loaded["step"])
+            except (ValueError, KeyError, TypeError):             # a line that a power failure cut off
+                return False
+        lines = log.read_text(errors="replace").splitlines() if self.loaded and log.exists() else []
+        write(log, "".join(line + "\n" for line in lines if is_done(line)).encode())
         self.log = open(log, "a", buffering=1)
 
     def _signal(self, number, frame):
@@ -378,7 +398,7 @@ class Run:
     def say(self, text):
         """One line above the progress bar, from the first process only."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
@@ -409,7 +429,7 @@ class Run:
                      self.args.seed * 10_000_019 + self.phase * 1_000_003)
         loader = torch.utils.data.DataLoader(
             Drawn(dataset), batch_sampler=keys, num_workers=0 if bench else self.args.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker,
+            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker, collate_fn=together,
             generator=torch.Generator())                          # its own: ours stays untouched
         if bench:
             yield from self._bench(phase, [self._move(batch) for batch in loader])
@@ -486,16 +506,18 @@ class Run:
               "phase": self.phase, "step": self.step, "rng": get_rng()}, self.folder / "last.pt")
 
     def _restore(self, state):
+        path = self.folder / "last.pt"
         for name, x in state.items():
-            if name not in self.loaded["state"]:
-                continue
+            if name not in self.loaded["state"]:                  # going on would train it from the start
+                raise ValueError(f"{path} does not fit: {name} is missing")
             saved = self.loaded["state"][name]
             if isinstance(x, nn.Module):
-                load_trained(x, saved, self.folder / "last.pt")
-            elif hasattr(x, "load_state_dict"):
-                x.load_state_dict(saved)
-            else:
-                x.data.copy_(saved)
+                load_trained(x, saved, path)
+                continue
+            try:
+                x.load_state_dict(saved) if hasattr(x, "load_state_dict") else x.data.copy_(saved)
+            except Exception as error:                            # torch raises many kinds for damage
+                raise ValueError(f"{path} does not fit: {name}: {type(error).__name__}: {error}") from None
 
     # -------------------------------- frozen features
     def features(self, backbone, dataset):
@@ -556,7 +578,7 @@ class FeatureCache:
 
     def __init__(self, run, backbone, dataset):
         self.run, where = run, run.args.cache_features
-        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers,
+        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers, collate_fn=together,
                                              worker_init_fn=quiet_worker, generator=torch.Generator())
         with torch.no_grad(), run.autocast():
             shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])
@@ -579,6 +601,8 @@ class FeatureCache:
             self.table = map_file(file, shape, shared=False)
         run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an "
                 f"image ({where})")
+        # their files are not opened again, so the data set must know which rows hold no features
+        dataset.unreadable = set(self.table[:, 0, 0, 0].isnan().nonzero().flatten().tolist())
         dataset.read_images = False
 
     def _room(self, where):
@@ -598,10 +622,12 @@ class FeatureCache:
             if not torch.isfinite(feats).all():
                 raise FloatingPointError(f"the backbone's features are not finite; images: "
                                          f"{', '.join(batch['path'])}")
+            feats[torch.tensor([bool(error) for error in batch["error"]])] = math.nan
             self.table[batch["index"].to(self.table.device)] = feats.half().to(self.table.device)
 
     def __call__(self, images, index):
-        return self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
+        feats = self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
+        return feats.nan_to_num()                                 # an unreadable image is like no other
 
 
 def map_file(path, shape, shared):
@@ -612,6 +638,10 @@ def map_file(path, shape, shared):
 
 # ---------------------------------------------------------------- files
 
+CHECKPOINT = {"method": str, "args": dict, "model": (dict, type(None)), "phase": int, "step": int,
+              "state": dict, "rng": list}
+
+
 def fingerprint(backbone, dataset):
     """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
     digest = hashlib.sha256()
@@ -621,7 +651,7 @@ def fingerprint(backbone, dataset):
                         if isinstance(v, (str, int, float, tuple, type(None)))))).encode())
     for path in getattr(dataset, "paths", ()):
         stat = os.stat(path) if os.path.exists(path) else None
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+        digest.update(os.fsencode(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"))    # any bytes
     return digest.hexdigest()[:16]
 
 
@@ -665,8 +695,8 @@ def load_checkpoint(folder, method=None):
     except Exception as error:  # truncated, a pickle with code, no checkpoint at all
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
                          "not ours") from None
-    keys = {"method", "args", "model", "phase", "step", "state", "rng"}
-    if not isinstance(content, dict) or not keys <= set(content):
+    if not isinstance(content, dict) or not all(isinstance(content.get(k, ...), v)
+                                                for k, v in CHECKPOINT.items()):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
@@ -681,11 +711,15 @@ def trained(x):
 def load_trained(module, saved, path):
     """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
     own = trained(module)
-    for key in sorted(set(own) ^ set(saved)):
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} does not fit: it holds no weights for {type(module).__name__}")
+    for key in sorted(set(own) ^ set(saved), key=str):
         wrong = "missing" if key in own else "unknown to this model"
         raise ValueError(f"{path} does not fit: {key} is {wrong}")
     for key, x in own.items():
-        if not torch.is_tensor(saved[key]) or (saved[key].dtype, saved[key].shape) != (x.dtype, x.shape):
+        found = saved[key]
+        whole = torch.is_tensor(found) and found.layout is torch.strided and found.device.type == "cpu"
+        if not whole or (found.dtype, found.shape) != (x.dtype, x.shape):
             raise ValueError(f"{path} does not fit: {key} should be {x.dtype} {tuple(x.shape)}")
     module.load_state_dict(saved, strict=False)
 
@@ -695,9 +729,12 @@ def get_rng():
 
 
 def set_rng(states):
-    torch.set_rng_state(states[0])
-    if len(states) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[1])
+    try:
+        torch.set_rng_state(states[0])
+        if len(states) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[1])
+    except (TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's random state is damaged ({error}); start the run again") from None
 
 
 def peak_memory(device):
@@ -711,7 +748,10 @@ def peak_memory(device):
 def versions(device):
     """What a figure depends on: versions, hardware, commit."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:                                               # no git on this machine
+        commit = "unknown"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
     return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "device": machine}
 

@@ -27,9 +27,11 @@ Numbers of different protocols do not compare: the central square of a Cityscape
 """
 import argparse
 import difflib
+import gzip
 import hashlib
 import http.client
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -141,6 +143,7 @@ class Images(Dataset):
     image), skipped [(path, reason)]. An unreadable label is an `error` outside "train" only: what training
     sees must not depend on labels."""
     read_images = True                                          # False: empty images, for cached features
+    unreadable = ()                                             # items that then count as such
 
     def __init__(self, name, split, paths, labels, names, palette, table=None, size=224, crops=None,
                  crop_ratio=0.5, protocol="picie", multiple=1, skipped=(), arrays=None):
@@ -191,7 +194,8 @@ class Images(Dataset):
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
-        image, label, error = None, None, ""
+        image, label = None, None
+        error = "" if self.read_images or i not in self.unreadable else "unreadable when features were cached"
         try:
             image = self.read(i) if self.read_images else None
         except Exception as reason:         # Pillow raises nearly anything; one bad file must not end a run
@@ -375,7 +379,11 @@ def base_of(root, inside, *nested):
 
 
 def read_lines(path):
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")                      # Windows puts a mark before the first line
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as such") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def pair(ids, images, suffix, labels, label_suffix):
@@ -484,8 +492,8 @@ def list_images(folder, skip=()):
                 continue
             if entry.is_dir():
                 todo.append(name)
-            elif os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.append(name)
+            elif os.path.splitext(name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                found.append(name)                              # a pipe would block; dead links are told of
     return sorted(found)
 
 
@@ -502,9 +510,13 @@ def folder(root, split, seed):
         except Exception as error:                              # as in Images.__getitem__
             skipped.append((path, describe(error)))
             continue
-        if label and upright_size(label) != (w, h):
+        try:
+            size = upright_size(label) if label else (w, h)
+        except Exception as error:
+            raise ValueError(f"label {label} cannot be read: {describe(error)}") from None
+        if size != (w, h):
             raise ValueError("label {} has {}x{} pixels, its image {} has {}x{}; they must be equal"
-                             .format(label, *upright_size(label), path, w, h))
+                             .format(label, *size, path, w, h))
         pairs[name] = label
     if labels and not all(pairs.values()) and split != "val":
         say(f"{labels_at}: {sum(map(bool, pairs.values())):,} of {len(pairs):,} images have a label there")
@@ -593,7 +605,7 @@ def load(name, root=None, split="train", size=224, crops=None, crop_ratio=0.5, p
 
 def say(text):
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(text.replace("\n", "\\n"), file=sys.stderr)       # a file's name may hold line breaks
 
 
 # ---------------------------------------------------------------- fetching and preparing
@@ -672,9 +684,12 @@ def extract(archive, folder):
                 name, size = (member.filename, member.file_size) if zipped else (member.name, member.size)
                 target, is_dir = (folder / name).resolve(), member.is_dir() if zipped else member.isdir()
                 link = stat.S_ISLNK(member.external_attr >> 16) if zipped else not (is_dir or member.isfile())
-                if link or folder not in (target, *target.parents) or "\\" in name:
+                inside = folder in target.parents or is_dir and target == folder
+                if link or not inside or "\\" in name:
                     raise ValueError(f"{archive}: {name!r} is a link or points outside; nothing was unpacked")
                 files += [] if is_dir else [(member, target, size)]
+            while not zipped and content.fileobj.read(2 ** 20):     # gzip's checksum comes at the very end
+                pass
             for member, target, size in tqdm(files, Path(archive).name, disable=len(files) < 100):
                 if target.is_file() and target.stat().st_size == size:
                     continue
@@ -684,7 +699,8 @@ def extract(archive, folder):
                 with unpack(member) as packed, open(part, "wb") as file:
                     shutil.copyfileobj(packed, file)
                 os.replace(part, target)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile,
+            RuntimeError) as error:                             # the last: encrypted, or of an unknown method
         raise OSError(f"{archive} cannot be unpacked ({describe(error)}); delete it and try again") from None
 
 
@@ -823,7 +839,7 @@ def check(name, root):
             for c, class_name in enumerate(images.names):
                 print(f"  {counts[images.table == c].sum() / max(1, counts.sum()):6.1%}  {class_name}")
         for text in bad[:20]:
-            print(f"  problem: {text}")
+            print("  problem:", text.replace("\n", "\\n"))
         print(f"  {len(bad)} problems" + (", the first 20 of them above" if len(bad) > 20 else ""))
         problems += len(bad)
     return problems
@@ -920,10 +936,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # a file's name may be no text
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

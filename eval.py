@@ -698,7 +698,7 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
     print(table({TITLES.get(key, key): value for key, value in shown.items()}, val.names) if shown else
           "no labels, hence no scores; the pictures show what was found")
     for path, reason in result["failed"]:
-        print(f"not scored: {path}: {reason}", file=sys.stderr)
+        data.say(f"not scored: {path}: {reason}")
     content = {**shown, **more, "images": len(val), "failed": result["failed"], "classes": val.names,
                "names": names, "palette": palette.tolist(), "matching": ids,
                "versions": common.versions(torch.device(device))}
@@ -713,9 +713,10 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
         watched = evenly(len(share), len(val))
         order = [i for i in share.argsort(descending=True).tolist() if share[i].isfinite()]
         order = order if len(order) < 6 else order[:3] + order[-3:]
-        pictures["best_and_worst.png"] = samples(
-            [("prediction", model)], val, device, [watched[i] for i in order], [named],
-            [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
+        if order:                                                 # else no labelled pixel was scored
+            pictures["best_and_worst.png"] = samples(
+                [("prediction", model)], val, device, [watched[i] for i in order], [named],
+                [f"{100 * share[i]:.1f} % right: {val[watched[i]]['path']}" for i in order])
         pictures["confusion.png"] = confusion_picture(
             matched(result["cluster"], assignment), val.names,
             f"{val.name} {val.split}: clusters, named by Hungarian matching")
@@ -726,8 +727,14 @@ def report(folder, model, val, device, result, shown, prefix="", **more):
 
 
 def saved_scores(path):
-    """What a scores.json holds; nothing where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What a scores.json holds, {} where there is none."""
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
+    return saved
 
 
 def saved_naming(saved):
@@ -753,11 +760,17 @@ def load_run(folder, device="cpu", root=None, weights=None):
     checkpoint = common.load_checkpoint(folder)
     if checkpoint["method"] not in common.METHODS:
         raise ValueError(f"{folder}: {checkpoint['method']!r} is none of {', '.join(common.METHODS)}")
-    args = argparse.Namespace(**checkpoint["args"])
-    args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     if checkpoint["model"] is None:
         raise ValueError(f"{folder} holds no trained model yet; continue it with --resume {folder}")
-    model = importlib.import_module(checkpoint["method"]).Model(args)
+    try:
+        args = argparse.Namespace(**checkpoint["args"])
+        args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
+        model = importlib.import_module(checkpoint["method"]).Model(args)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:                                    # options missing, or of no sense
+        raise ValueError(f"{folder}/last.pt: its options make no model of {checkpoint['method']}.py "
+                         f"({data.describe(error)}); it is damaged or not ours") from None
     common.load_trained(model, checkpoint["model"], Path(folder) / "last.pt")
     return model.to(device).eval(), args, checkpoint
 
@@ -1022,7 +1035,7 @@ def segment(folder, options, device):
         try:
             image, photo = read_picture(file, size)
         except Exception as error:  # Pillow raises nearly anything, and the other files must go on
-            failed.append((str(file), f"{type(error).__name__}: {error}"))
+            failed.append((str(file), data.describe(error)))
             continue
         image, shape = image[None].to(device), photo.shape[:2]
         found = predict(model, image, shape, options.flip, options.crf, options.tile)
@@ -1041,7 +1054,7 @@ def segment(folder, options, device):
         lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, share))]
         common.write(out / "legend.txt", "".join(lines).encode())
         for path, reason in failed:
-            print(f"not segmented: {path}: {reason}", file=sys.stderr)
+            data.say(f"not segmented: {path}: {reason}")
         done = len(inputs) - len(failed)
         print(f"segmented {done} of {len(inputs)} images into {out}; legend.png there names the colours")
     return 1 if failed else 0
@@ -1060,7 +1073,7 @@ def label_names(folder, model, options):
         names = saved["classes"]
         ids, palette = torch.arange(len(names)), palette[:len(names)]
     if options.names:
-        given = [line.strip() for line in Path(options.names).read_text().splitlines() if line.strip()]
+        given = data.read_lines(Path(options.names))
         if len(given) != len(names):
             raise ValueError(f"{options.names} holds {len(given)} names, but the run has {len(names)} ids")
         names = given
@@ -1086,7 +1099,7 @@ def embed(model, dataset, folder, device):
     failed = collect(failed)
     if common.rank() == 0:
         for path, reason in failed:
-            print(f"not embedded: {path}: {reason}", file=sys.stderr)
+            data.say(f"not embedded: {path}: {reason}")
         print(f"wrote {len(dataset) - len(failed)} codes to {folder}, one array (K,h,w) per image")
     return 1 if failed else 0
 
@@ -1321,6 +1334,7 @@ def run(options):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")             # a file's name may be no text
     try:
         sys.exit(run(arguments().parse_args()))
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:

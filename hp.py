@@ -339,7 +339,7 @@ def random_patches(run, features, images, D, size):
     subset = torch.utils.data.Subset(images, chosen.tolist())
     for k, items in enumerate(eval.batches(subset, 16, run.args.workers, "reference pool")):
         rows = slice(16 * (k * run.world + run.rank), 16 * (k * run.world + run.rank) + len(items))
-        feats = features(torch.stack([item["image"] for item in items]).to(run.device), chosen[rows])[:, :D]
+        feats = features(common.together(items)["image"].to(run.device), chosen[rows])[:, :D]
         feats = feats.flatten(2).mT                                                          # (b,N,D)
         index = (at[rows] * feats.shape[1]).long().to(run.device)
         found[rows] = feats.gather(1, index[..., None].expand(-1, -1, D))

@@ -189,8 +189,9 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, i):
         j = self.neighbors[i, torch.randint(1, self.neighbors.shape[1], ())].item()
         item, other = self.images[i], self.images[j]
-        return {**item, "error": item["error"] or other["error"], "positive": other["image"],
-                "positive_index": j}
+        if other["error"]:                                       # the next pair takes its place
+            return other
+        return {**item, "positive": other["image"], "positive_index": j}
 
 
 def nearest_neighbors(features, k):
@@ -229,7 +230,7 @@ def neighbors_of(run, features, backbone, images, k):
     pooled = torch.zeros(len(images), backbone.dim, device=run.device)
     for items in eval.batches(images, 16, run.args.workers, "neighbours"):
         index = torch.tensor([item["index"] for item in items])
-        feats = features(torch.stack([item["image"] for item in items]).to(run.device), index)
+        feats = features(common.together(items)["image"].to(run.device), index)
         pooled[index.to(run.device)] = feats.mean((2, 3))
     neighbors = nearest_neighbors(common.reduce_sum(pooled), 1 + k).cpu()
     if run.rank == 0:

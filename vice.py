@@ -292,7 +292,7 @@ class Views(torch.utils.data.Dataset):
             try:
                 picture = self.images.picture(i)
             except Exception as error:                         # as in data.Images: a broken file ends no run
-                return {**item, "error": f"{type(error).__name__}: {error}"}
+                return {**item, "error": data.describe(error)}
             rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
             views, regions, noise = make_views(picture, self.regions(i, picture), rng, self.args)
             if regions.max() >= 0:
