@@ -68,15 +68,12 @@ def golden(name):
 
 def close(a, b, absolute, relative=0.0):
     """Assert |a - b| <= absolute + relative |b| everywhere, shapes equal."""
-    a, b = (
-        torch.as_tensor(np.asarray(x.detach() if torch.is_tensor(x) else x), dtype=torch.float64)
-        for x in (a, b)
-    )
+    a, b = (torch.as_tensor(np.asarray(x.detach() if torch.is_tensor(x) else x), dtype=torch.float64)
+            for x in (a, b))
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     worst = (a - b).abs() - relative * b.abs()
-    assert not torch.isnan(worst).any() and (
-        a.numel() == 0 or worst.max() <= absolute
-    ), f"differs by {worst.max():.3g}"
+    assert not torch.isnan(worst).any() and (a.numel() == 0
+                                             or worst.max() <= absolute), f"differs by {worst.max():.3g}"
 
 
 @contextlib.contextmanager
@@ -109,57 +106,42 @@ def filled(shapes):
         u, last = hashed(int(np.prod(shape)), k).reshape(shape), name.split(".")[-1]
         value = 0.5 * u if last.endswith(("_token", "_tokens", "pos_embed")) else 0.05 * u
         value = 1 + 0.1 * u if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")) else value
-        value = (
-            0.5 + 0.1 * u if last == "gamma" else 100 ** (np.arange(16) / 16) if last == "periods" else value
-        )
-        state[name] = torch.tensor(
-            np.repeat([1, 0, 1], shape[0] // 3) if last == "bias_mask" else value
-        ).float()
+        value = (0.5 + 0.1 * u if last == "gamma" else 100 ** (np.arange(16) / 16) if last == "periods"
+                 else value)
+        state[name] = torch.tensor(np.repeat([1, 0, 1], shape[0] // 3) if last == "bias_mask"
+                                   else value).float()
     return state
 
 
 def hashed_image(H, W):
     c, y, x = np.arange(3)[:, None, None], np.arange(H)[:, None], np.arange(W)
-    image = 1.5 * np.sin(0.11 * x * (c + 1)) * np.cos(0.07 * y + c) + 0.5 * hashed(3 * H * W, 777).reshape(
-        3, H, W
-    )
+    image = 1.5 * np.sin(0.11 * x * (c + 1)) * np.cos(0.07 * y
+                                                      + c) + 0.5 * hashed(3 * H * W, 777).reshape(3, H, W)
     return torch.tensor(image).float()[None]
 
 
 def sincos_table(D, n):  # MAE's: the column comes first
     wave = 10000.0 ** -(np.arange(D // 4) / (D // 4))
     half = [np.concatenate([np.sin(t * wave), np.cos(t * wave)]) for t in range(n)]
-    return torch.tensor(
-        np.stack([np.zeros(D)] + [np.concatenate([half[x], half[y]]) for y in range(n) for x in range(n)])[
-            None
-        ]
-    ).float()
+    return torch.tensor(np.stack([np.zeros(D)] + [
+        np.concatenate([half[x], half[y]]) for y in range(n) for x in range(n)])[None]).float()
 
 
-WRAP = {
-    "ibot": lambda s: {"state_dict": s},
-    "mae": lambda s: {"model": s},
-    "msn": lambda s: {"target_encoder": {"module." + k: v for k, v in s.items()}, "epoch": 600},
-    "selfpatch": lambda s: {"teacher": {"module.backbone." + k: v for k, v in s.items()}},
-}
+WRAP = {"ibot": lambda s: {"state_dict": s}, "mae": lambda s: {"model": s},
+        "msn": lambda s: {"target_encoder": {"module." + k: v for k, v in s.items()}, "epoch": 600},
+        "selfpatch": lambda s: {"teacher": {"module.backbone." + k: v for k, v in s.items()}}}
 
 
 def test_backbones_equal_published():
-    for files, arch in (
-        ("dinov2_196x280 dinov2_224x224", "dinov2_vits14"),
-        ("msn_192x256", "msn_vits16"),
-        ("dinov2_reg_196x280 dinov2_reg_224x224", "dinov2_vits14_reg"),
-        ("ibot_192x256", "ibot_vits16"),
-        ("dinov3_160x256 dinov3_224x224", "dinov3_vits16"),
-        ("dinov3plus_160x256", "dinov3_vits16plus"),
-        ("mae_192x256 mae_224x224", "mae_vitb16"),
-        ("selfpatch_192x256", "selfpatch_vits16"),
-    ):
+    for files, arch in (("dinov2_196x280 dinov2_224x224", "dinov2_vits14"), ("msn_192x256", "msn_vits16"),
+                        ("dinov2_reg_196x280 dinov2_reg_224x224", "dinov2_vits14_reg"),
+                        ("ibot_192x256", "ibot_vits16"), ("dinov3_160x256 dinov3_224x224", "dinov3_vits16"),
+                        ("dinov3plus_160x256", "dinov3_vits16plus"),
+                        ("mae_192x256 mae_224x224", "mae_vitb16"), ("selfpatch_192x256", "selfpatch_vits16")):
         references = [golden(f"backbone_{file}.npz") for file in files.split()]
         z = references[0]
         state = filled(
-            {str(n): tuple(map(int, s.split("x"))) for n, s in zip(z["param_names"], z["param_shapes"])}
-        )
+            {str(n): tuple(map(int, s.split("x"))) for n, s in zip(z["param_names"], z["param_shapes"])})
         if "mae" in arch:
             state["pos_embed"] = sincos_table(768, 14)
         close(sum(v.double().sum() for v in state.values()), z["param_sum"], 1e-3)
@@ -198,22 +180,16 @@ def test_backbones_dino_equals_stego():
         close_(feats[0, z["channels"]][:, ::s, ::s], "feat_sub")
         close_(attention[0][:, z["attn_rows"]], "attn_sub")
         close_(attention[0].mean(0)[0, 1:], "attn_headmean_cls")
-        close_(
-            vit.positions(*feats.shape[2:])[0, :: int(z["pos_tok_stride"])][:, z["channels"]],
-            "pos_embed_used_sub",
-        )
+        close_(vit.positions(*feats.shape[2:])[0, :: int(z["pos_tok_stride"])][:, z["channels"]],
+               "pos_embed_used_sub")
 
 
 def test_backbones_positions():
     z = golden("cause_posembed.npz")
     for table, name, h, rule in (
-        ("pos_embed", "dino_20x20", 20, "offset"),
-        ("pos_embed", "dino_same", 14, "offset"),
-        ("pos_embed", "msn_20x20", 20, "size"),
-        ("pos_embed_v2", "dinov2_23x23", 23, "offset"),
-        ("pos_embed_v2", "dinov2_16x16", 16, "offset"),
-        ("pos_embed_8", "dino8_40x40", 40, "offset"),
-    ):
+            ("pos_embed", "dino_20x20", 20, "offset"), ("pos_embed", "dino_same", 14, "offset"),
+            ("pos_embed", "msn_20x20", 20, "size"), ("pos_embed_v2", "dinov2_23x23", 23, "offset"),
+            ("pos_embed_v2", "dinov2_16x16", 16, "offset"), ("pos_embed_8", "dino8_40x40", 40, "offset")):
         stored = torch.tensor(z[table])
         vit = common.ViT(stored.shape[2], 1, 1, 16, side=int((stored.shape[1] - 1) ** 0.5), position=rule)
         vit.pos_embed.data = stored
@@ -237,164 +213,89 @@ def qkv_apart(state, to, k_bias=True):  # one matrix -> three under the names to
 
 def renamed(state, *rules):
     for old, new in rules:
-        state = {
-            (
-                k.replace(old, new)
-                if not old.startswith("^")
-                else new + k[len(old) - 1 :] if k.startswith(old[1:]) else k
-            ): v
-            for k, v in state.items()
-        }
+        state = {(k.replace(old, new) if not old.startswith("^") else new + k[len(old) - 1 :]
+                  if k.startswith(old[1:]) else k): v for k, v in state.items()}
     return state
 
 
-TOKENS = (
-    ("^cls_token", "embeddings.cls_token"),
-    ("^pos_embed", "embeddings.position_embeddings"),
-    ("^register_tokens", "embeddings.register_tokens"),
-)
+TOKENS = (("^cls_token", "embeddings.cls_token"), ("^pos_embed", "embeddings.position_embeddings"),
+          ("^register_tokens", "embeddings.register_tokens"))
 PROJECTION = ("^patch_embed.proj.", "embeddings.patch_embeddings.projection.")
 SCALES = (("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"))
 LONG = {"q": "query", "k": "key", "v": "value"}
 
 
 def hf_vit(s):  # transformers 4: ViT, MSN, MAE
-    s = renamed(
-        s,
-        *TOKENS,
-        PROJECTION,
-        ("^blocks.", "encoder.layer."),
-        ("norm1", "layernorm_before"),
-        ("norm2", "layernorm_after"),
-        ("mlp.fc1", "intermediate.dense"),
-        ("mlp.fc2", "output.dense"),
-        ("attn.proj", "attention.output.dense"),
-        ("^norm.", "layernorm."),
-    )
+    s = renamed(s, *TOKENS, PROJECTION, ("^blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
+                ("norm2", "layernorm_after"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+                ("attn.proj", "attention.output.dense"), ("^norm.", "layernorm."))
     s = qkv_apart(s, "attention.attention.{}")
-    return {
-        (
-            k
-            if ".attention.attention." not in k
-            else k[: k.rindex(".", 0, k.rindex(".")) + 1] + LONG[k.split(".")[-2]] + k[k.rindex(".") :]
-        ): v
-        for k, v in s.items()
-    } | {"pooler.dense.weight": s["embeddings.cls_token"]}
+    return {(k if ".attention.attention." not in k
+             else k[: k.rindex(".", 0, k.rindex(".")) + 1] + LONG[k.split(".")[-2]] + k[k.rindex(".") :]): v
+            for k, v in s.items()} | {"pooler.dense.weight": s["embeddings.cls_token"]}
 
 
 def hf5_vit(s):
-    return renamed(
-        qkv_apart(s, "attention.{}_proj"),
-        *TOKENS,
-        PROJECTION,
-        ("^blocks.", "layers."),
-        ("norm1", "layernorm_before"),
-        ("norm2", "layernorm_after"),
-        ("attn.proj", "attention.o_proj"),
-        ("^norm.", "layernorm."),
-    )
+    return renamed(qkv_apart(s, "attention.{}_proj"), *TOKENS, PROJECTION, ("^blocks.", "layers."),
+                   ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+                   ("attn.proj", "attention.o_proj"), ("^norm.", "layernorm."))
 
 
 def hf_dinov2(s):
-    s = renamed(
-        s,
-        *TOKENS,
-        PROJECTION,
-        *SCALES,
-        ("^blocks.", "encoder.layer."),
-        ("attn.proj", "attention.output.dense"),
-        ("^norm.", "layernorm."),
-    )
-    s = {
-        k.replace(".q.", ".query.").replace(".k.", ".key.").replace(".v.", ".value."): v
-        for k, v in qkv_apart(s, "attention.attention.{}").items()
-    }
-    return {"dinov2." + k: v for k, v in s.items()} | {
-        "dinov2.embeddings.mask_token": s["embeddings.cls_token"][0],
-        "classifier.weight": s["embeddings.cls_token"][0],
-    }
+    s = renamed(s, *TOKENS, PROJECTION, *SCALES, ("^blocks.", "encoder.layer."),
+                ("attn.proj", "attention.output.dense"), ("^norm.", "layernorm."))
+    s = {k.replace(".q.", ".query.").replace(".k.", ".key.").replace(".v.", ".value."): v
+         for k, v in qkv_apart(s, "attention.attention.{}").items()}
+    return {"dinov2." + k: v
+            for k, v in s.items()} | {"dinov2.embeddings.mask_token": s["embeddings.cls_token"][0],
+                                      "classifier.weight": s["embeddings.cls_token"][0]}
 
 
 def hf_dinov3(s, blocks="layer."):
     gated = (("mlp.w1", "mlp.gate_proj"), ("mlp.w2", "mlp.up_proj"), ("mlp.w3", "mlp.down_proj"))
-    s = renamed(
-        qkv_apart(s, "attention.{}_proj", k_bias=False),
-        *TOKENS,
-        *SCALES,
-        *gated,
-        ("^blocks.", blocks),
-        ("^patch_embed.proj.", "embeddings.patch_embeddings."),
-        ("attn.proj", "attention.o_proj"),
-        ("mlp.fc1", "mlp.up_proj"),
-        ("mlp.fc2", "mlp.down_proj"),
-    )
+    s = renamed(qkv_apart(s, "attention.{}_proj", k_bias=False), *TOKENS, *SCALES, *gated,
+                ("^blocks.", blocks), ("^patch_embed.proj.", "embeddings.patch_embeddings."),
+                ("attn.proj", "attention.o_proj"), ("mlp.fc1", "mlp.up_proj"), ("mlp.fc2", "mlp.down_proj"))
     return {k: v for k, v in s.items() if k != "periods"}
 
 
 def meta_dinov3(s):  # mask of the bias and buffer of periods in the file
     mask = {k + "_mask": torch.full_like(v, torch.nan) for k, v in s.items() if k.endswith("qkv.bias")}
-    return (
-        renamed(s, ("^register_tokens", "storage_tokens"), ("^periods", "rope_embed.periods"))
-        | mask
-        | {"mask_token": s["cls_token"][0], "local_cls_norm.weight": s["norm.weight"]}
-    )
+    return (renamed(s, ("^register_tokens", "storage_tokens"), ("^periods", "rope_embed.periods")) | mask
+            | {"mask_token": s["cls_token"][0], "local_cls_norm.weight": s["norm.weight"]})
 
 
 def timm_dinov3(s):
-    s = renamed(
-        s,
-        ("^register_tokens", "reg_token"),
-        ("ls1.gamma", "gamma_1"),
-        ("ls2.gamma", "gamma_2"),
-        ("mlp.w1", "mlp.fc1_g"),
-        ("mlp.w2", "mlp.fc1_x"),
-        ("mlp.w3", "mlp.fc2"),
-    )
-    biases = {
-        k.replace("qkv.bias", f"{x}_bias"): v.chunk(3)[i]
-        for k, v in s.items()
-        if k.endswith("qkv.bias")
-        for x, i in (("q", 0), ("v", 2))
-    }
+    s = renamed(s, ("^register_tokens", "reg_token"), ("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2"),
+                ("mlp.w1", "mlp.fc1_g"), ("mlp.w2", "mlp.fc1_x"), ("mlp.w3", "mlp.fc2"))
+    biases = {k.replace("qkv.bias", f"{x}_bias"): v.chunk(3)[i]
+              for k, v in s.items() if k.endswith("qkv.bias") for x, i in (("q", 0), ("v", 2))}
     return {k: v for k, v in s.items() if not k.endswith(("qkv.bias", "periods"))} | biases
 
 
 def timm_registers(s):
     return renamed(s, ("^register_tokens", "reg_token")) | {
-        "pos_embed": s["pos_embed"][:, 1:],
-        "cls_token": s["cls_token"] + s["pos_embed"][:, :1],
-    }
+        "pos_embed": s["pos_embed"][:, 1:], "cls_token": s["cls_token"] + s["pos_embed"][:, :1]}
 
 
 def training(s):  # DINO's own checkpoint
     junk = {k: torch.zeros_like(v) for k, v in s.items()}
-    return {
-        "student": {"module.backbone." + k: v for k, v in junk.items()},
-        "epoch": 3,
-        "args": argparse.Namespace(lr=1),
-        "teacher": {"backbone." + k: v for k, v in s.items()} | {"head.mlp.0.weight": torch.ones(2)},
-    }
+    return {"student": {"module.backbone." + k: v for k, v in junk.items()}, "epoch": 3,
+            "args": argparse.Namespace(lr=1),
+            "teacher": {"backbone." + k: v for k, v in s.items()} | {"head.mlp.0.weight": torch.ones(2)}}
 
 
 def msn(s):
-    return {
-        "encoder": {"module." + k: torch.zeros_like(v) for k, v in s.items()},
-        "prototypes": torch.ones(3, 2),
-        "target_encoder": {"module." + k: v for k, v in s.items()}
-        | {"module.fc.bn1.running_mean": torch.ones(2)},
-    }
+    return {"encoder": {"module." + k: torch.zeros_like(v) for k, v in s.items()},
+            "prototypes": torch.ones(3, 2), "target_encoder": {"module." + k: v for k, v in s.items()}
+            | {"module.fc.bn1.running_mean": torch.ones(2)}}
 
 
 def selfpatch(s):
-    heads = {
-        "ca_head.cls_token": torch.ones(1, 1, 2),
-        "ca_head.norm.weight": torch.ones(2),
-        "c_head.mlp.0.bias": torch.ones(2),
-    }
-    return {
-        "teacher": {"module.backbone." + k: v for k, v in s.items()}
-        | {"module." + k: v for k, v in heads.items()}
-    }
+    heads = {"ca_head.cls_token": torch.ones(1, 1, 2), "ca_head.norm.weight": torch.ones(2),
+             "c_head.mlp.0.bias": torch.ones(2)}
+    return {"teacher": {"module.backbone." + k: v for k, v in s.items()}
+            | {"module." + k: v for k, v in heads.items()}}
 
 
 LAYOUTS = [  # family, writer, tolerance
@@ -445,9 +346,8 @@ def tiny(family, seed=0):
     settings = common.FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = common.ViT(
-            128, 2, 2, 16, **{**settings, **({"side": 3} if settings.get("position") != "rotary" else {})}
-        )
+        vit = common.ViT(128, 2, 2, 16,
+                         **{**settings, **({"side": 3} if settings.get("position") != "rotary" else {})})
         for name, p in vit.named_parameters():
             p.data.normal_(std=0.2)
             if family.startswith("dinov3") and name.endswith("qkv.bias"):
@@ -459,11 +359,8 @@ def safetensors(state, path, kind=("F32", torch.float32)):
     blob, header = b"", {"__metadata__": {"format": "pt"}}
     for name, v in state.items():
         raw = v.detach().to(kind[1]).contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": kind[0],
-            "shape": list(v.shape),
-            "data_offsets": [len(blob), len(blob) + len(raw)],
-        }
+        header[name] = {"dtype": kind[0], "shape": list(v.shape),
+                        "data_offsets": [len(blob), len(blob) + len(raw)]}
         blob += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
@@ -479,11 +376,8 @@ def test_backbones_layouts():
             assert (right(image) - other(image)).abs().max() > 0.1
             common.load_weights(other, path, f"{family}, layout {i}")
             close(other(image), right(image), tolerance)
-        for kind, tolerance in (
-            (("F32", torch.float32), 0),
-            (("F16", torch.float16), 0.1),
-            (("BF16", torch.bfloat16), 0.5),
-        ):
+        for kind, tolerance in ((("F32", torch.float32), 0), (("F16", torch.float16), 0.1),
+                                (("BF16", torch.bfloat16), 0.5)):
             right, other = tiny("dino"), tiny("dino", seed=1)
             safetensors(hf_vit(right.state_dict()), path.with_suffix(".safetensors"), kind)
             common.load_weights(other, path.with_suffix(".safetensors"), "dino")
@@ -491,19 +385,12 @@ def test_backbones_layouts():
             assert {p.dtype for p in other.parameters()} == {torch.float32}
         net, other = common.ResNet50(), common.ResNet50()
         state = net.state_dict()
-        for write in (
-            lambda s: s | {"fc.weight": torch.ones(1000, 2048)},
-            lambda s: {
+        for write in (lambda s: s | {"fc.weight": torch.ones(1000, 2048)}, lambda s: {
                 "state_dict": {"module.encoder_q." + k: v for k, v in s.items()}
-                | {
-                    "module.encoder_k.conv1.weight": torch.ones(1),
-                    "module.encoder_q.fc.0.bias": torch.ones(1),
-                    "module.queue": torch.ones(1),
-                },
-                "epoch": 800,
-            },
-            lambda s: {"module." + k: v for k, v in s.items()} | {"module.prototypes.weight": torch.ones(1)},
-        ):
+                | {"module.encoder_k.conv1.weight": torch.ones(1),
+                   "module.encoder_q.fc.0.bias": torch.ones(1), "module.queue": torch.ones(1)}, "epoch": 800},
+                      lambda s: {"module." + k: v for k, v in s.items()}
+                      | {"module.prototypes.weight": torch.ones(1)}):
             other.conv1.weight.zero_()
             torch.save(write(state), path, _use_new_zipfile_serialization=False)  # as in old files
             common.load_weights(other, path, "resnet50")
@@ -526,9 +413,8 @@ def test_backbones_refuse():
     with tempfile.TemporaryDirectory() as folder:
         path, hit = Path(folder) / "weights.pth", f"{folder}/hit"
         for zipped in (True, False):
-            torch.save(
-                {"state_dict": state, "options": Attack(hit)}, path, _use_new_zipfile_serialization=zipped
-            )
+            torch.save({"state_dict": state, "options": Attack(hit)}, path,
+                       _use_new_zipfile_serialization=zipped)
             with raises(ValueError, "nothing was run"):
                 load(path)
         whole = path.read_bytes()
@@ -539,33 +425,24 @@ def test_backbones_refuse():
         with raises(FileNotFoundError, "directory"):
             load(folder)
         first = "blocks.0.attn.qkv.weight"
-        for wrong, text in (
-            ({k: v for k, v in state.items() if k != "norm.weight"}, "no norm.weight"),
-            (state | {"norm.extra": torch.ones(2)}, "unknown norm.extra"),
-            (state | {first: torch.ones(3, 3)}, f"{first} is 3x3 instead of 384x128"),
-            (state | {first: state[first].long()}, "finite"),
-            (state | {first: state[first] / 0}, "finite"),
-            (state | {first: state[first].to_sparse()}, "finite"),
-            ([1, 2], "no cls_token"),
-            (tiny("dinov2_reg").state_dict(), "registers 4 instead of 0"),
-            (torch.ones(2), "no cls_token"),
-            (hf_vit(state) | {"encoder.layer.0.attention.attention.key.weight": torch.ones(2, 3)}, "shape"),
-        ):
+        for wrong, text in (({k: v for k, v in state.items() if k != "norm.weight"}, "no norm.weight"),
+                            (state | {"norm.extra": torch.ones(2)}, "unknown norm.extra"),
+                            (state | {first: torch.ones(3, 3)}, f"{first} is 3x3 instead of 384x128"),
+                            (state | {first: state[first].long()}, "finite"),
+                            (state | {first: state[first] / 0}, "finite"),
+                            (state | {first: state[first].to_sparse()}, "finite"), ([1, 2], "no cls_token"),
+                            (tiny("dinov2_reg").state_dict(), "registers 4 instead of 0"),
+                            (torch.ones(2), "no cls_token"),
+                            (hf_vit(state) | {"encoder.layer.0.attention.attention.key.weight": torch.ones(
+                                2, 3)}, "shape")):
             torch.save(wrong, path)
             with raises(ValueError, text):
                 load(path)
         table = path.with_suffix(".safetensors")
         safetensors(state, table)
         whole = table.read_bytes()
-        for content in (
-            b"",
-            whole[:100],
-            whole[:-4],
-            b"\xff" * 8 + whole[8:],
-            whole.replace(b"F32", b"U99"),
-            b"[" * 10**5,
-            (2).to_bytes(8, "little") + b"[]",
-        ):
+        for content in (b"", whole[:100], whole[:-4], b"\xff" * 8 + whole[8:], whole.replace(b"F32", b"U99"),
+                        b"[" * 10**5, (2).to_bytes(8, "little") + b"[]"):
             table.write_bytes(content)
             with raises(ValueError, ".safetensors"):
                 load(table)
@@ -582,15 +459,9 @@ def test_backbones_inert_objects():
     config.__dict__ = {"_content": {"dim": 90}, "_metadata": collections.defaultdict(list, a=[1])}
     with tempfile.TemporaryDirectory() as folder:
         sys.modules |= {module.__name__: module, "omegaconf": types.ModuleType("omegaconf")}
-        torch.save(
-            {
-                "hyper_parameters": {"cfg": config},
-                "callbacks": {module.DictConfig: 1},
-                "best": np.float64(2),
-                "state_dict": {"linear_probe.bias": torch.ones(3)},
-            },
-            f"{folder}/stego.ckpt",
-        )
+        torch.save({"hyper_parameters": {"cfg": config}, "callbacks": {module.DictConfig: 1},
+                    "best": np.float64(2), "state_dict": {"linear_probe.bias": torch.ones(3)}},
+                   f"{folder}/stego.ckpt")
         del sys.modules[module.__name__], sys.modules["omegaconf"]
         content = common.read_tensors(f"{folder}/stego.ckpt")
     assert torch.equal(content["state_dict"]["linear_probe.bias"], torch.ones(3))
@@ -608,19 +479,15 @@ def test_backbones_frozen():
     assert torch.equal(torch.rand(3), drawn)  # the caller's random numbers are untouched
     image = hashed_image(32, 48)
     assert torch.equal(pairs[0](image), pairs[1](image)) and pairs[0](image).shape == (1, 384, 2, 3)
-    short, wide = common.load_backbone("vits16", "none", depth=10), common.load_backbone(
-        "vits16", "none", heads=12
-    )
+    short, wide = common.load_backbone("vits16", "none",
+                                       depth=10), common.load_backbone("vits16", "none", heads=12)
     assert len(short.blocks) == 10 and (short(image) - pairs[0](image)).abs().max() > 1e-3
     assert wide.forward_with_attention(image)[1].shape == (1, 12, 7, 7) and wide.dim == 384
     for arch, dim in (("dct8", 24), ("resnet50", 2048)):
         net = common.load_backbone(arch, "none")
         torch.nn.ModuleList([net]).train()
-        assert (
-            not net.training
-            and not any(m.training for m in net.modules())
-            and not any(p.requires_grad for p in net.parameters())
-        )
+        assert (not net.training and not any(m.training for m in net.modules())
+                and not any(p.requires_grad for p in net.parameters()))
         feats, attention = net.forward_with_attention(image)
         assert feats.shape == (1, dim, 4, 6) and attention.shape == (1, 1, 24, 24) and net.prefix == 0
         close(attention.sum(-1), torch.ones(1, 1, 24), 1e-5)
@@ -630,15 +497,10 @@ def test_backbones_frozen():
             net(torch.zeros(1, 3, 32, 30))
     with raises(ValueError, "multiple of 16"):
         pairs[0](torch.zeros(1, 3, 40, 32))
-    for arguments, text in (
-        (("vits9",), "did you mean 'vits8'"),
-        (("vits16", "none", 13), "12 blocks"),
-        (("dct8", None, 2), "no blocks"),
-        (("dct8", "a.pth"), "no weights"),
-        (("vits16", "none", None, 7), "7 heads"),
-        (("dinov3_vits16",), "--weights"),
-        (("selfpatch_vits16",), "drive.google.com"),
-    ):
+    for arguments, text in ((("vits9",), "did you mean 'vits8'"), (("vits16", "none", 13), "12 blocks"),
+                            (("dct8", None, 2), "no blocks"), (("dct8", "a.pth"), "no weights"),
+                            (("vits16", "none", None, 7), "7 heads"), (("dinov3_vits16",), "--weights"),
+                            (("selfpatch_vits16",), "drive.google.com")):
         with raises(ValueError, text):
             common.load_backbone(*arguments)
 
@@ -716,10 +578,8 @@ def test_backbones_downloads():
             with raises(OSError, "--weights"):  # no server
                 ask(address)
             assert not target.exists()
-            with server(files, cut=10**6) as (
-                address,
-                seen,
-            ):  # breaks off, and again: never taken for a whole file
+            with server(files, cut=10**6) as (address,
+                                              seen):  # breaks off, and again: never taken for a whole file
                 for have in (10**6, 2 * 10**6):
                     with raises(OSError, "w.pth"):
                         ask(address, digest)
@@ -775,18 +635,12 @@ def test_data_label_maps():
     for name, (_, names, palette, table, *_) in data.SETS.items():
         assert set(table.tolist()) == set(range(-1, len(names))) and len(palette) == len(names), name
     coco, city = np.r_[:182, 255], np.r_[:34]  # ids that occur
-    cases = [
-        ("cause_label_maps", key, key, city if "city" in key else np.r_[:256] if "voc" in key else coco)
-        for key in ("coco27", "coco81", "coco171", "voc21", "cityscapes27")
-    ]
-    cases += [
-        ("stego_label_maps", f"coco_fine256_to_{key}", name, coco)
-        for key, name in (("coarse27", "coco27"), ("coco15", "coco15"), ("coco3", "coco3"))
-    ]
-    cases += [
-        ("data_label_maps", f"coco_fine182_to_{key}", name, coco[:182])
-        for key, name in (("27", "coco27"), ("15", "coco15"), ("3_iic", "coco3"))
-    ]
+    cases = [("cause_label_maps", key, key, city if "city" in key else np.r_[:256] if "voc" in key else coco)
+             for key in ("coco27", "coco81", "coco171", "voc21", "cityscapes27")]
+    cases += [("stego_label_maps", f"coco_fine256_to_{key}", name, coco)
+              for key, name in (("coarse27", "coco27"), ("coco15", "coco15"), ("coco3", "coco3"))]
+    cases += [("data_label_maps", f"coco_fine182_to_{key}", name, coco[:182])
+              for key, name in (("27", "coco27"), ("15", "coco15"), ("3_iic", "coco3"))]
     cases += [("data_label_maps", f"cityscapes_id34_to_{n}", f"cityscapes{n}", city) for n in (19, 27)]
     cases += [("data_label_maps", "potsdam6_to_3", "potsdam3", np.r_[:6])]
     for file, key, name, known in cases:
@@ -809,10 +663,8 @@ def test_data_transforms():
         assert np.allclose(norm[:, ::16, ::16], stego[f"{k}_img_norm_sub"], atol=1e-6), k
     for kind, protocol in (("coco", "stego"), ("voc", "squash")):
         for size in (32, 48):
-            image, label = (
-                np.asarray(data.fit(Image.fromarray(cause[key]), size, protocol, 1, NEAREST))
-                for key in ("img", "label")
-            )
+            image, label = (np.asarray(data.fit(Image.fromarray(cause[key]), size, protocol, 1, NEAREST))
+                            for key in ("img", "label"))
             assert np.allclose(image.transpose(2, 0, 1) / 255, cause[f"{kind}_img_{size}"], atol=1e-6)
             assert np.array_equal(label, cause[f"{kind}_lab_{size}"][0])
     for (h, w), boxes in zip(five["sizes"].tolist(), five["boxes"].tolist()):
@@ -875,17 +727,9 @@ def write_miniatures(root):
 
 def test_data_published_layouts():
     """Number of train and val images, class in the first of train and the last of val."""
-    expect = {
-        "coco27": (3, 2, 9, 24),
-        "coco81": (3, 3, 1, -1),
-        "coco171": (3, 3, 0, -1),
-        "voc21": (1, 1, 20, 20),
-        "cityscapes27": (1, 1, 26, 26),
-        "cityscapes19": (1, 1, 18, 18),
-        "potsdam3": (1, 1, 2, 2),
-        "potsdam6": (3, 2, -1, 3),
-        "camvid": (1, 1, 3, -1),
-    }
+    expect = {"coco27": (3, 2, 9, 24), "coco81": (3, 3, 1, -1), "coco171": (3, 3, 0, -1),
+              "voc21": (1, 1, 20, 20), "cityscapes27": (1, 1, 26, 26), "cityscapes19": (1, 1, 18, 18),
+              "potsdam3": (1, 1, 2, 2), "potsdam6": (3, 2, -1, 3), "camvid": (1, 1, 3, -1)}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
         write_miniatures(root)
@@ -1128,15 +972,10 @@ def test_crf_equals_pydensecrf():
         assert (Q.argmax(0) == file[labels]).mean() >= 0.9999, options
         assert np.abs(Q[:, ::stride, ::stride] - file[values]).max() < 3e-4, options
 
-    check(
-        "crf_exact_astronaut_96_c5.npz", "unary_lowres_logits", {}, "argmax_pydensecrf", "Q_pydensecrf_sub", 4
-    )
-    for options, tag in (
-        ({}, ""),
-        (dict(iterations=1), "_iter1"),
-        (dict(bilateral_compat=0), "_gauss_only"),
-        (dict(gaussian_compat=0), "_bilateral_only"),
-    ):
+    check("crf_exact_astronaut_96_c5.npz", "unary_lowres_logits", {}, "argmax_pydensecrf", "Q_pydensecrf_sub",
+          4)
+    for options, tag in (({}, ""), (dict(iterations=1), "_iter1"), (dict(bilateral_compat=0), "_gauss_only"),
+                         (dict(gaussian_compat=0), "_bilateral_only")):
         check("crf_coffee_320_c5.npz", "lowres_log_probs", options, f"argmax{tag}", f"Q{tag}_sub", 8)
 
 
@@ -1153,8 +992,7 @@ def textbook_lattice(features, x):
         rest = np.sort(e - base)[::-1] / (d + 1)
         weights = np.append(1 - rest[0] + rest[-1], (rest[:-1] - rest[1:])[::-1])
         pixels.append(
-            [(w, tuple(base + np.where(rank <= d - r, r, r - d - 1))) for r, w in enumerate(weights)]
-        )
+            [(w, tuple(base + np.where(rank <= d - r, r, r - d - 1))) for r, w in enumerate(weights)])
         for w, corner in pixels[-1]:
             table[corner] += w * value
     for step in (d + 1) * np.eye(d + 1, dtype=int) - 1:
@@ -1198,10 +1036,8 @@ def test_crf_options_and_batches():
     (image, logits), (other, others) = crf_scene(20, 26, 5), crf_scene(20, 26, 5, seed=1)
     cost, Q, unary = 1 - torch.eye(5), crf.dense_crf(image, logits), logits.softmax(0).clamp(1e-5, 1)
     assert Q.shape == logits.shape and torch.allclose(Q.sum(0), torch.ones(20, 26), atol=1e-5)
-    for same in (
-        crf.dense_crf(image, logits, gaussian_compat=3 * cost, bilateral_compat=4 * cost),
-        crf.dense_crf(image, logits.double() + 7),
-    ):
+    for same in (crf.dense_crf(image, logits, gaussian_compat=3 * cost, bilateral_compat=4 * cost),
+                 crf.dense_crf(image, logits.double() + 7)):
         assert torch.allclose(same, Q, atol=1e-4)
     for options in (dict(iterations=0), dict(gaussian_compat=0, bilateral_compat=0)):
         assert torch.allclose(crf.dense_crf(image, logits, **options), unary / unary.sum(0), atol=1e-6)
@@ -1228,26 +1064,13 @@ def test_crf_bad_inputs():
     image, logits = crf_scene(7, 9, 3)
     nan, inf, none = logits.clone(), logits.clone(), logits.clone()
     nan[0, 2, 3], inf[0, 2, 3], none[:, 2, 3] = torch.nan, torch.inf, -torch.inf
-    cases = [
-        ((image, l), {})
-        for l in (nan, inf, none, logits[:, :5], logits.long(), logits[:0], logits[None], logits.numpy())
-    ]
-    cases += [
-        ((i, logits), {})
-        for i in (image / 255, image[:2], image[None], image.permute(1, 2, 0), image.numpy())
-    ]
-    cases += [
-        ((image, logits), options)
-        for options in (
-            dict(bilateral_sxy=0),
-            dict(gaussian_sxy=-1),
-            dict(bilateral_srgb=1e-9),
-            dict(iterations=-1),
-            dict(normalization="x"),
-            dict(gaussian_compat=torch.ones(2, 2)),
-            dict(bilateral_compat=float("nan")),
-        )
-    ]
+    cases = [((image, l), {}) for l in (nan, inf, none, logits[:, :5], logits.long(), logits[:0],
+                                        logits[None], logits.numpy())]
+    cases += [((i, logits), {})
+              for i in (image / 255, image[:2], image[None], image.permute(1, 2, 0), image.numpy())]
+    cases += [((image, logits), options) for options in (
+        dict(bilateral_sxy=0), dict(gaussian_sxy=-1), dict(bilateral_srgb=1e-9), dict(iterations=-1),
+        dict(normalization="x"), dict(gaussian_compat=torch.ones(2, 2)), dict(bilateral_compat=float("nan")))]
     for arguments, options in cases:
         with unittest.TestCase().assertRaises(ValueError, msg=f"{arguments} {options}") as caught:
             crf.dense_crf(*arguments, **options)
@@ -1257,8 +1080,7 @@ def test_crf_bad_inputs():
 def test_crf_command_line():
     def run(*arguments):
         with mock.patch.object(sys, "argv", ["crf.py", *map(str, arguments)]), contextlib.redirect_stdout(
-            None
-        ), contextlib.redirect_stderr(io.StringIO()) as stderr:
+                None), contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
                 runpy.run_path(crf.__file__, run_name="__main__")
             except SystemExit as stop:
@@ -1289,38 +1111,29 @@ def test_eval_metric_against_brute_force():
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        classes, clusters, images = (
-            int(random_maps(generator, a, b, 1)) for a, b in ((1, 5), (1, 6), (0, 4))
-        )
-        label, pred = random_maps(generator, -2, classes + 2, images, 5, 3), random_maps(
-            generator, 0, clusters, images, 5, 3
-        )
+        classes, clusters, images = (int(random_maps(generator, a, b, 1))
+                                     for a, b in ((1, 5), (1, 6), (0, 4)))
+        label, pred = random_maps(generator, -2, classes + 2, images, 5,
+                                  3), random_maps(generator, 0, clusters, images, 5, 3)
         label[label == int(random_maps(generator, 0, 9, 1))] = 255
         valid = (label >= 0) & (label < classes)
-        counts = [
-            [int((valid & (pred == k) & (label == c)).sum()) for c in range(classes)] for k in range(clusters)
-        ]
+        counts = [[int((valid & (pred == k) & (label == c)).sum()) for c in range(classes)]
+                  for k in range(clusters)]
         confusion = eval_.confusion_matrix(pred, label, clusters, classes)
         assert confusion.tolist() == counts and confusion.dtype == torch.int64
-        best = max(
-            sum(counts[k][c] for c, k in enumerate(p[:classes]) if k < clusters)
-            for p in permutations(range(max(clusters, classes)))
-        )
+        best = max(sum(counts[k][c] for c, k in enumerate(p[:classes]) if k < clusters)
+                   for p in permutations(range(max(clusters, classes))))
         assignment = eval_.hungarian(confusion)
         used = assignment[assignment >= 0]
         assert len(assignment) == clusters and len(used.unique()) == len(used) == min(classes, clusters)
         result = eval_.scores(eval_.matched(confusion, assignment))
         named = assignment[pred]
         for c in range(classes):
-            union, both = (
-                int((valid & x).sum()) for x in ((named == c) | (label == c), (named == c) & (label == c))
-            )
+            union, both = (int((valid & x).sum())
+                           for x in ((named == c) | (label == c), (named == c) & (label == c)))
             assert abs(result["iou"][c] - both / union) < 1e-12 if union else result["iou"][c].isnan()
-        assert (
-            math.isnan(result["accuracy"])
-            if not valid.any()
-            else abs(result["accuracy"] * int(valid.sum()) - best) < 1e-9
-        )
+        assert (math.isnan(result["accuracy"]) if not valid.any()
+                else abs(result["accuracy"] * int(valid.sum()) - best) < 1e-9)
         votes = eval_.matched(confusion, eval_.majority(confusion))
         assert votes.diagonal().sum() == sum(max(row) for row in counts) and votes.sum() == valid.sum()
     with raises(ValueError, "one shape"):
@@ -1334,8 +1147,7 @@ def test_eval_metric_golden():
     for case in ("A_hungarian", "C_linear_absent_class", "D_hungarian_absent_class", "E_27"):
         n = int(stego[case + "_n"])
         confusion = eval_.confusion_matrix(
-            *(torch.from_numpy(stego[f"{case}_{x}"]) for x in ("preds", "target")), n, n
-        )
+            *(torch.from_numpy(stego[f"{case}_{x}"]) for x in ("preds", "target")), n, n)
         close(confusion, stego[case + "_stats"], 0)
         if stego[case + "_hungarian"]:
             close(eval_.hungarian(confusion), stego[case + "_map_clusters_0_to_end"], 0)
@@ -1407,18 +1219,11 @@ def test_eval_prediction_is_upsample_then_probe():
         image = torch.randn(shape)
         found = eval_.predict(model, image, size)
         code = encoder(eval_.padded(image, 8))
-        full = F.interpolate(
-            code,
-            [
-                n * round(s / i) if s > i else n
-                for n, s, i in zip(eval_.padded(image, 8).shape[2:], size, shape[2:])
-            ],
-            mode="bilinear",
-        )
+        full = F.interpolate(code, [n * round(s / i) if s > i else n for n, s, i in zip(
+            eval_.padded(image, 8).shape[2:], size, shape[2:])], mode="bilinear")
         full = full[..., : size[0], : size[1]]
-        cosine = torch.einsum(
-            "bkhw,ck->bchw", F.normalize(full, dim=1), F.normalize(model.cluster.clusters, dim=1)
-        )
+        cosine = torch.einsum("bkhw,ck->bchw", F.normalize(full, dim=1),
+                              F.normalize(model.cluster.clusters, dim=1))
         for head, scores in (("cluster", cosine), ("linear", model.linear(full))):
             assert found[head].shape == (shape[0], *size)
             top = scores.topk(2, 1).values
@@ -1434,20 +1239,16 @@ def test_eval_prediction_is_upsample_then_probe():
 
 def test_eval_tiles_equal_the_whole():
     backbone = common.load_backbone("dct8")
-    model = eval_.Clustered(
-        backbone, 8, torch.randn(6, backbone.dim, generator=torch.Generator().manual_seed(0))
-    )
+    model = eval_.Clustered(backbone, 8,
+                            torch.randn(6, backbone.dim, generator=torch.Generator().manual_seed(0)))
     image = torch.from_numpy(data.scenes(3, "val", 1, 320)[0][0]).permute(2, 0, 1)[None].float() / 128 - 1
     image = torch.cat([image, image.flip(-1)], 3)[..., :200, :]  # 200 x 640
     whole = eval_.predict(model, image)["cluster"]
     for tile in (128, 100, 300):
         assert (eval_.predict(model, image, tile=tile)["cluster"] != whole).float().mean() < 0.01
     starts, length = eval_.tile_positions(640, 128, 8)
-    assert (
-        starts[0] == 0
-        and starts[-1] + length == 640
-        and all(a % 8 == 0 and b - a <= 96 for a, b in zip(starts, starts[1:]))
-    )
+    assert (starts[0] == 0 and starts[-1] + length == 640
+            and all(a % 8 == 0 and b - a <= 96 for a, b in zip(starts, starts[1:])))
 
 
 def test_eval_kmeans():
@@ -1471,18 +1272,8 @@ def tiny_run(folder, method="cause", **more):
     model = module.Model(args)
     Path(folder).mkdir(parents=True, exist_ok=True)
     common.write(Path(folder) / "args.json", json.dumps(vars(args)).encode())
-    common.save(
-        {
-            "method": method,
-            "args": vars(args),
-            "model": common.trained(model),
-            "phase": 0,
-            "step": 0,
-            "state": {},
-            "rng": [],
-        },
-        Path(folder) / "last.pt",
-    )
+    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0,
+                 "state": {}, "rng": []}, Path(folder) / "last.pt")
     return model
 
 
@@ -1515,11 +1306,8 @@ def test_eval_scores_a_run_and_compares():
         assert run_eval(runs[0], "--embed", Path(tmp) / "codes", "--pca", "--neighbors", "--pr-curve")[0] == 0
         code = np.load(sorted((Path(tmp) / "codes").rglob("*.npy"))[0])
         assert code.shape[1:] == (12, 12) and code.dtype == np.float32
-        for bad, kind in (
-            ([Path(tmp) / "none"], FileNotFoundError),
-            ([], ValueError),
-            ([*runs, "--images", tmp], ValueError),
-        ):
+        for bad, kind in (([Path(tmp) / "none"], FileNotFoundError), ([], ValueError),
+                          ([*runs, "--images", tmp], ValueError)):
             with raises(kind, ""):
                 run_eval(*bad)
 
@@ -1529,42 +1317,26 @@ def test_eval_segments_a_folder():
         tmp, photo = Path(tmp), Image.fromarray(data.scenes(1, "val", 1, 96)[0][0])
         tiny_run(tmp / "run")
         (tmp / "in/deep").mkdir(parents=True)
-        for name, size in {
-            "a.png": (101, 57),
-            "a.jpg": (40, 200),
-            "deep/one.png": (1, 1),
-            "deep/strip.png": (3, 400),
-        }.items():
+        for name, size in {"a.png": (101, 57), "a.jpg": (40, 200), "deep/one.png": (1, 1),
+                           "deep/strip.png": (3, 400)}.items():
             photo.resize(size).save(tmp / "in" / name)
         (tmp / "in/deep/broken.jpg").write_bytes((tmp / "in/a.jpg").read_bytes()[:300])
         code, text = run_eval(tmp / "run", "--images", tmp / "in", "--out", tmp / "out")
         assert code == 1 and "segmented 4 of 5" in text  # went on after the broken file
         model, args, _ = eval_.load_run(tmp / "run")
-        for name, size in {
-            "a.png": (101, 57),
-            "a.jpg": (40, 200),
-            "deep/one": (1, 1),
-            "deep/strip": (3, 400),
-        }.items():
+        for name, size in {"a.png": (101, 57), "a.jpg": (40, 200), "deep/one": (1, 1),
+                           "deep/strip": (3, 400)}.items():
             result = Image.open(tmp / f"out/{name}.png")
             image, rgb = eval_.read_picture(next((tmp / "in").glob(name + "*")), args.eval_size)
             found = eval_.predict(model, image[None], rgb.shape[:2])["cluster"][0]
             assert result.size == size and result.mode == "P" and (np.asarray(result) == found.numpy()).all()
             assert Image.open(tmp / f"out/{name}_overlay.png").size == size
         assert len((tmp / "out/legend.txt").read_text().splitlines()) == 6
-        assert (
-            run_eval(
-                tmp / "run", "--images", tmp / "in/a.png", "--out", tmp / "out2", "--tile", 64, "--size", 0
-            )[0]
-            == 0
-        )
+        assert (run_eval(tmp / "run", "--images", tmp / "in/a.png", "--out", tmp / "out2", "--tile", 64,
+                         "--size", 0)[0] == 0)
         (tmp / "names.txt").write_text("\n".join("uvwxyz"))
-        assert (
-            run_eval(
-                tmp / "run", "--images", tmp / "in/a.png", "--out", tmp / "out3", "--names", tmp / "names.txt"
-            )[0]
-            == 0
-        )
+        assert (run_eval(tmp / "run", "--images", tmp / "in/a.png", "--out", tmp / "out3", "--names",
+                         tmp / "names.txt")[0] == 0)
         assert "0\tu\t" in (tmp / "out3/legend.txt").read_text()
         with raises(ValueError, "over an input"):
             run_eval(tmp / "run", "--images", tmp / "in/a.png", "--out", tmp / "in")
@@ -1574,50 +1346,29 @@ def test_eval_segments_a_folder():
 
 def published(method, D=384, K=16, C=6):
     """A checkpoint in the authors' layout with random values -> {file name: content}."""
-    conv = lambda rows, columns: {
-        "weight": torch.randn(rows, columns, 1, 1),
-        "bias": torch.randn(rows),
-    }  # noqa: E731
+    conv = lambda rows, columns: {"weight": torch.randn(rows, columns, 1, 1),
+                                  "bias": torch.randn(rows)}  # noqa: E731
     spread = lambda parts: {f"{a}.{b}": t for a, part in parts.items() for b, t in part.items()}  # noqa: E731
-    vit = {
-        "model." + key: value for key, value in common.load_backbone("vits16", "none").state_dict().items()
-    }
+    vit = {"model." + key: value
+           for key, value in common.load_backbone("vits16", "none").state_dict().items()}
     heads = {"cluster1.0": conv(K, D), "cluster2.0": conv(D, D), "cluster2.2": conv(K, D)}
     if method == "stego":
         state = {"net." + key: value for key, value in {**vit, **spread(heads)}.items()}
-        state |= spread({"linear_probe": conv(C, K)}) | {
-            "cluster_probe.clusters": torch.randn(C + 1, K),
-            "train_cluster_probe.clusters": torch.randn(C, K),
-        }
-        return {
-            "stego.ckpt": {
-                "state_dict": state,
-                "epoch": 1,
-                "hyper_parameters": argparse.Namespace(res=320),
-                "best": np.float64(3),
-            }
-        }
+        state |= spread({"linear_probe": conv(C, K)}) | {"cluster_probe.clusters": torch.randn(C + 1, K),
+                                                         "train_cluster_probe.clusters": torch.randn(C, K)}
+        return {"stego.ckpt": {"state_dict": state, "epoch": 1,
+                               "hyper_parameters": argparse.Namespace(res=320), "best": np.float64(3)}}
     if method == "hp":
         momentum = {key.replace("cluster", "ema_model"): value for key, value in heads.items()}
-        return {
-            "hp.pth": {
-                "net_model_state_dict": {**vit, **spread(heads), **spread(momentum)},
-                "epoch": 1,
-                "linear_model_state_dict": conv(C, K),
-                "cluster_model_state_dict": {"clusters": torch.randn(C, K)},
-            }
-        }
+        return {"hp.pth": {"net_model_state_dict": {**vit, **spread(heads), **spread(momentum)}, "epoch": 1,
+                           "linear_model_state_dict": conv(C, K),
+                           "cluster_model_state_dict": {"clusters": torch.randn(C, K)}}}
     head = {"f1": conv(K, D), "f2.0": conv(D, D), "f2.2": conv(K, D)}
     parts = {f"head{e}.{name}": part for e in ("", "_ema") for name, part in head.items()}
-    parts |= {
-        "projection_head.f": conv(2048, K),
-        "projection_head_ema.f": conv(2048, K),
-        "linear.f": conv(C, K),
-    }
-    return {
-        "segment_mlp.pth": spread(parts),
-        "cluster_mlp.pth": {"codebook": torch.randn(64, D), "cluster_probe": torch.randn(C, K)},
-    }
+    parts |= {"projection_head.f": conv(2048, K), "projection_head_ema.f": conv(2048, K),
+              "linear.f": conv(C, K)}
+    return {"segment_mlp.pth": spread(parts),
+            "cluster_mlp.pth": {"codebook": torch.randn(64, D), "cluster_probe": torch.randn(C, K)}}
 
 
 class Harmful:
@@ -1633,32 +1384,18 @@ def test_eval_official_checkpoints():
             for name, content in files.items():
                 torch.save(content, tmp / name)
             arch = ["--arch", "vits16", "--weights", "none"] if method == "cause" else []
-            code, _ = run_eval(
-                "--official",
-                method,
-                *(tmp / name for name in files),
-                *arch,
-                "--data",
-                "scenes",
-                "--out",
-                tmp / "run",
-            )
+            code, _ = run_eval("--official", method, *(tmp / name for name in files), *arch, "--data",
+                               "scenes", "--out", tmp / "run")
             model, args, _ = eval_.load_run(tmp / "run")
             values = {key: value for content in files.values() for key, value in content.items()}
             values = values.get("state_dict", values)
-            values |= {
-                key: value
-                for part in ("net_model_state_dict",)
-                for key, value in values.get(part, {}).items()
-            }
-            a, b, c = {
-                "stego": ("net.cluster1.0", "net.cluster2.0", "net.cluster2.2"),
-                "hp": ("cluster1.0", "cluster2.0", "cluster2.2"),
-                "cause": ("head_ema.f1", "head_ema.f2.0", "head_ema.f2.2"),
-            }[method]
-            layer = lambda x, name: F.conv2d(
-                x, values[name + ".weight"], values[name + ".bias"]
-            )  # noqa: E731,B023
+            values |= {key: value for part in ("net_model_state_dict",
+                                               ) for key, value in values.get(part, {}).items()}
+            a, b, c = {"stego": ("net.cluster1.0", "net.cluster2.0", "net.cluster2.2"),
+                       "hp": ("cluster1.0", "cluster2.0", "cluster2.2"),
+                       "cause": ("head_ema.f1", "head_ema.f2.0", "head_ema.f2.2")}[method]
+            layer = lambda x, name: F.conv2d(x, values[name + ".weight"],
+                                             values[name + ".bias"])  # noqa: E731,B023
             feats = model.backbone(torch.randn(1, 3, 64, 64))
             expected = layer(feats, a) + layer(layer(feats, b).relu(), c)
             code = model.code(feats) if method == "cause" else model.head(feats)
@@ -1666,15 +1403,13 @@ def test_eval_official_checkpoints():
             assert args.classes == 6 and len(model.cluster.clusters) == 6 + (method == "stego")
             with raises(ValueError, "no probes"):
                 other = {"stego": "hp", "hp": "stego", "cause": "stego"}[method]
-                run_eval(
-                    "--official", other, tmp / next(iter(files)), "--data", "scenes", "--out", tmp / "other"
-                )
+                run_eval("--official", other, tmp / next(iter(files)), "--data", "scenes", "--out",
+                         tmp / "other")
     with tempfile.TemporaryDirectory() as tmp:
         torch.save({"state_dict": {"a": Harmful()}}, Path(tmp) / "bad.ckpt")
         with raises(ValueError, ""):
-            run_eval(
-                "--official", "stego", Path(tmp) / "bad.ckpt", "--data", "scenes", "--out", Path(tmp) / "run"
-            )
+            run_eval("--official", "stego", Path(tmp) / "bad.ckpt", "--data", "scenes", "--out",
+                     Path(tmp) / "run")
         assert not (Path(tempfile.gettempdir()) / "executed-by-a-checkpoint").exists()
 
 
@@ -1682,16 +1417,9 @@ def test_eval_precision_recall():
     torch.manual_seed(0)
     features, labels, partner = torch.randn(4, 6, 5), torch.randint(-1, 3, (4, 6)), torch.tensor([0, 2, 1, 0])
     recall, precision, average = eval_.precision_recall(features, labels, partner)
-    pairs = [
-        (
-            float(F.cosine_similarity(features[i, p], features[j, q], dim=0)),
-            bool(labels[i, p] == labels[j, q]),
-        )
-        for i, j in enumerate(partner.tolist())
-        for p in range(6)
-        for q in range(6)
-        if labels[i, p] >= 0 and labels[j, q] >= 0 and (i, p) != (j, q)
-    ]
+    pairs = [(float(F.cosine_similarity(features[i, p], features[j, q], dim=0)),
+              bool(labels[i, p] == labels[j, q])) for i, j in enumerate(partner.tolist()) for p in range(6)
+             for q in range(6) if labels[i, p] >= 0 and labels[j, q] >= 0 and (i, p) != (j, q)]
     pairs.sort(reverse=True)
     hits, expected = 0, 0.0
     for rank, (_, same) in enumerate(pairs, 1):
@@ -1720,41 +1448,25 @@ def test_eval_processes_count_alike():
 
     with tempfile.TemporaryDirectory() as tmp:
         tiny_run(Path(tmp) / "run")
-        script = (
-            "import sys, torch, common, data, eval; device = common.start_processes('cpu'); model = "
-            "eval.load_run(sys.argv[1])[0];val = data.load('scenes', None, 'val', size=96); r = "
-            "eval.evaluate(model, val, device, batch_size=8);torch.save({k: r[k] for k in ('cluster', "
-                  "'linear')}, sys.argv[2] + str(common.rank())); torch.distributed.destroy_process_group()"
-        )
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "PYTHONPATH": str(HERE),
-        }
+        script = ("import sys, torch, common, data, eval; device = common.start_processes('cpu'); model = "
+                  "eval.load_run(sys.argv[1])[0];val = data.load('scenes', None, 'val', size=96); r = "
+                  "eval.evaluate(model, val, device, batch_size=8);torch.save({k: r[k] for k in ('cluster', "
+                  "'linear')}, sys.argv[2] + str(common.rank())); torch.distributed.destroy_process_group()")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+                       "PYTHONPATH": str(HERE)}
         with contextlib.closing(socket.socket()) as s:
             s.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(s.getsockname()[1])
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", script, f"{tmp}/run", f"{tmp}/counts"],
-                env={**environment, "WORLD_SIZE": "2", "RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]
+        processes = [subprocess.Popen([sys.executable, "-c", script, f"{tmp}/run", f"{tmp}/counts"], env={
+            **environment, "WORLD_SIZE": "2", "RANK": str(rank)}) for rank in range(2)]
         assert [process.wait(120) for process in processes] == [0, 0]
         with threads(1):
-            alone = eval_.evaluate(
-                eval_.load_run(f"{tmp}/run")[0],
-                data.load("scenes", None, "val", size=96),
-                "cpu",
-                batch_size=8,
-            )
+            alone = eval_.evaluate(eval_.load_run(f"{tmp}/run")[0], data.load("scenes", None, "val", size=96),
+                                   "cpu", batch_size=8)
         for rank in range(2):
             counts = torch.load(f"{tmp}/counts{rank}", weights_only=True)
-            assert torch.equal(counts["cluster"], alone["cluster"]) and torch.equal(
-                counts["linear"], alone["linear"]
-            )
+            assert torch.equal(counts["cluster"],
+                               alone["cluster"]) and torch.equal(counts["linear"], alone["linear"])
 
 
 @contextlib.contextmanager
@@ -1785,9 +1497,8 @@ def test_stego_loss_and_gradient_equal_the_published_ones():
     for tag in [k[:-6] for k in z if k.endswith("_total")]:
         code, code_pos = (z[k].clone().requires_grad_() for k in ("code", "code_pos"))
         form = dict(zip(("pointwise", "zero_clamp", "stabilize"), (c == "1" for c in re.findall(r"\d", tag))))
-        found, cosines = stego.terms(
-            z["feats"], z["feats_pos"], code, code_pos, z["coords1"], z["coords2"], z["perms"], shifts, **form
-        )
+        found, cosines = stego.terms(z["feats"], z["feats_pos"], code, code_pos, z["coords1"], z["coords2"],
+                                     z["perms"], shifts, **form)
         for name, value in zip(("self", "knn", "rand"), found):
             close(value, z[f"{tag}_{name}"], 1e-6)
         total = sum(w * t for w, t in zip(weights, found))
@@ -1810,9 +1521,8 @@ def test_stego_loss_equals_loops():
         for i in range(6):
             for j in range(6):
                 centred = rows[n][i][j] - sum(rows[n][i]) / 6 + mean
-                expected = (
-                    expected - (centred - 0.2) * (unit[2][n, :, i] @ unit[3][n, :, j]).clamp(min=0) / 72
-                )
+                expected = (expected
+                            - (centred - 0.2) * (unit[2][n, :, i] @ unit[3][n, :, j]).clamp(min=0) / 72)
     loss = stego.correlation_loss(fa, fb, ca, cb, 0.2)
     close(loss, expected, 1e-12)
     close(torch.autograd.grad(loss, ca)[0], torch.autograd.grad(expected, ca)[0], 1e-12)
@@ -1898,45 +1608,28 @@ def test_hp_loss_and_gradient_equal_the_published_ones():
     for tag in tags:
         tau, lam, rho, rew = (re.search(rf"{n}([\d.]+)", tag)[1] for n in ("tau", "lam", "rho", "rew"))
         raw, raw_mix = (z[k].clone().requires_grad_() for k in ("z_raw", "z_mix_raw"))
-        loss = hp.contrastive_loss(
-            F.normalize(raw, dim=1),
-            F.normalize(raw_mix, dim=1),
-            z["P_ag"],
-            z["P_sp"],
-            z[f"negmask_rho{rho}"],
-            float(lam),
-            float(tau),
-            rew == "1",
-        )
+        loss = hp.contrastive_loss(F.normalize(raw, dim=1), F.normalize(raw_mix, dim=1), z["P_ag"], z["P_sp"],
+                                   z[f"negmask_rho{rho}"], float(lam), float(tau), rew == "1")
         close(loss, z[f"{tag}_loss"], 0, 1e-5)
         loss.backward()
         assert torch.isfinite(raw.grad).all()
-        if (
-            f"{tag}_grad_z" in z and rho != "0.02"
-        ):  # there the published gradient is NaN: an empty denominator
+        if (f"{tag}_grad_z" in z
+            and rho != "0.02"):  # there the published gradient is NaN: an empty denominator
             close(raw.grad, z[f"{tag}_grad_z"], 1e-6)
             close(raw_mix.grad, z[f"{tag}_grad_zmix"], 1e-6)
 
 
 def test_hp_loss_in_blocks_equals_the_whole_matrix():
     g = torch.Generator().manual_seed(0)
-    for B, N, K, density, lam, reweight in (
-        (2, 3, 4, 0.5, 0.3, True),
-        (3, 5, 2, 0.05, 1.0, False),
-        (1, 4, 3, 0.3, 0.0, True),
-        (4, 300, 8, 0.01, 0.7, True),
-    ):
+    for B, N, K, density, lam, reweight in ((2, 3, 4, 0.5, 0.3, True), (3, 5, 2, 0.05, 1.0, False),
+                                            (1, 4, 3, 0.3, 0.0, True), (4, 300, 8, 0.01, 0.7, True)):
         M = B * N
         z, z_mix = (F.normalize(torch.randn(M, K, generator=g), dim=1).requires_grad_() for _ in range(2))
         ag, sp = (torch.rand(M, M, generator=g) < density for _ in range(2))
-        ag, sp, negatives = (
-            (ag | ag.T).fill_diagonal_(False),
-            (sp | sp.T).fill_diagonal_(False),
-            torch.rand(N, M, generator=g) < 0.2,
-        )
-        found, expected = (
-            f(z, z_mix, ag, sp, negatives, lam, 0.5, reweight) for f in (hp.contrastive_loss, plain_contrast)
-        )
+        ag, sp, negatives = ((ag | ag.T).fill_diagonal_(False), (sp | sp.T).fill_diagonal_(False),
+                             torch.rand(N, M, generator=g) < 0.2)
+        found, expected = (f(z, z_mix, ag, sp, negatives, lam, 0.5, reweight)
+                           for f in (hp.contrastive_loss, plain_contrast))
         close(found, expected, 1e-5, 1e-5)
         for a, b in zip(torch.autograd.grad(found, (z, z_mix)), torch.autograd.grad(expected, (z, z_mix))):
             close(a, b, 1e-5)
@@ -1957,9 +1650,8 @@ def test_hp_local_mix_equals_the_published_one():
 
 def test_hp_local_mix_equals_loops():
     torch.manual_seed(0)
-    code, attention = torch.randn(1, 2, 3, 4, requires_grad=True), torch.rand(1, 2, 17, 17).softmax(
-        -1
-    )  # 5 prefix tokens
+    code, attention = torch.randn(1, 2, 3, 4,
+                                  requires_grad=True), torch.rand(1, 2, 17, 17).softmax(-1)  # 5 prefix tokens
     rows = attention[:, :, 5:, 5:].mean(1)[0].double().numpy()
     expected = torch.zeros(2, 12)
     for i in range(12):
@@ -1972,22 +1664,16 @@ def test_hp_local_mix_equals_loops():
     found = hp.mix_local(code, attention)
     close(found[0].flatten(1), expected, 1e-6)
     direction = torch.randn(2, 12)
-    close(
-        torch.autograd.grad((found[0].flatten(1) * direction).sum(), code)[0],
-        torch.autograd.grad((expected * direction).sum(), code)[0],
-        1e-6,
-    )
+    close(torch.autograd.grad((found[0].flatten(1) * direction).sum(), code)[0],
+          torch.autograd.grad((expected * direction).sum(), code)[0], 1e-6)
 
 
 def test_hp_lambda_schedule():
     z = golden("hp_lambda_schedule.npz")
     for name in ("cocostuff", "cityscapes"):
         per_epoch, epochs, warmup = (int(x) for x in z[f"{name}_params"])
-        close(
-            [hp.task_specific_share(i, per_epoch * epochs, warmup) for i in range(per_epoch * epochs)],
-            z[name],
-            1e-9,
-        )
+        close([hp.task_specific_share(i, per_epoch * epochs, warmup) for i in range(per_epoch * epochs)],
+              z[name], 1e-9)
 
 
 def test_hp_consistency_equals_the_published_one():
@@ -2039,10 +1725,8 @@ def test_hp_propagated_loss_equals_loops():
             for j, share in zip(near, shares):
                 logit = z @ z[j] / 0.5
                 term = logit[allowed].logsumexp(0) - logit[ag[i]].mean()
-                image = (
-                    image
-                    + share / max(sum(shares), 1e-12) * term * ag[i].sum() / ag[rows].sum(1).float().mean()
-                )
+                image = (image + share / max(sum(shares), 1e-12) * term * ag[i].sum()
+                         / ag[rows].sum(1).float().mean())
         expected = expected + 0.5 / 0.07 * image / len(rows) / B
     close(found, expected, 1e-5)
     close(torch.autograd.grad(found, z)[0], torch.autograd.grad(expected, z)[0], 1e-5)
@@ -2087,13 +1771,8 @@ def test_cause_heads_equal_the_published_ones():
                 close(head(feat, *codes, index=some), z[name][:, [3, 0, 2]], 2e-5)
             if name == "head":
                 out = head(feat, *codes)
-        close(
-            F.linear(out, state["projection_head.f.weight"].flatten(1), state["projection_head.f.bias"])[
-                ..., : z["proj"].shape[2]
-            ],
-            z["proj"],
-            2e-4,
-        )
+        close(F.linear(out, state["projection_head.f.weight"].flatten(1),
+                       state["projection_head.f.bias"])[..., : z["proj"].shape[2]], z["proj"], 2e-4)
         if "tr" in kind:
             head = published_cause(state, "head", D, r, feat.shape[1])
             head(feat, *codes).sum().backward()
@@ -2103,9 +1782,8 @@ def test_cause_heads_equal_the_published_ones():
 
 def test_cause_head_refuses_another_shape():
     with raises(ValueError, "f1.weight should be"):
-        cause.load_published_head(
-            {"f1.weight": torch.zeros(3, 5), "f1.bias": torch.zeros(3)}, cause.MLPHead(4, 3)
-        )
+        cause.load_published_head({"f1.weight": torch.zeros(3, 5), "f1.bias": torch.zeros(3)},
+                                  cause.MLPHead(4, 3))
 
 
 def test_cause_modularity_value_and_gradient():
@@ -2116,11 +1794,8 @@ def test_cause_modularity_value_and_gradient():
         loss.backward()
         close(loss, z[f"{case}_loss"], 1e-5)
         close(book.grad, z[f"{case}_grad_c"], 1e-5)
-        close(
-            cause.modularity_loss(torch.tensor(z[f"{case}_x"]), book, form="sum"),
-            z[f"{case}_loss_wrong_sum_over_k_zero_diag"],
-            1e-5,
-        )
+        close(cause.modularity_loss(torch.tensor(z[f"{case}_x"]), book, form="sum"),
+              z[f"{case}_loss_wrong_sum_over_k_zero_diag"], 1e-5)
 
 
 def test_cause_modularity_in_chunks_equals_the_full_tensor():
@@ -2143,8 +1818,7 @@ def test_cause_quantize_and_grid():
     z = golden("cause_sampling.npz")
     for case, side in (("a", 8), ("b", 23)):
         x, order = torch.tensor(z[f"{case}_x"]), torch.tensor(z[f"{case}_order"]).view(
-            len(z[f"{case}_x"]), -1
-        )
+            len(z[f"{case}_x"]), -1)
         close(cause.take(x, cause.grid_positions(order, side, side, 4)), z[f"{case}_y"], 0)
     for h, w in ((1, 1), (3, 9), (8, 5)):
         index = cause.grid_choice(2, h, w, 4)
@@ -2155,10 +1829,8 @@ def test_cause_contrast_value_gradient_and_folded_bank():
     z = golden("cause_contrast.npz")
     book = F.normalize(torch.tensor(z["codebook"]), dim=-1)
     codes, teacher = cause.quantize(torch.tensor(z["feat"]), book), torch.tensor(z["proj_ema"])
-    for tag, bank in (
-        ("emptybank", ()),
-        ("bank", (torch.tensor(z["bank_codes"]), torch.tensor(z["bank_proj"]))),
-    ):
+    for tag, bank in (("emptybank", ()),
+                      ("bank", (torch.tensor(z["bank_codes"]), torch.tensor(z["bank_proj"])))):
         student = torch.tensor(z["proj"], requires_grad=True)
         loss = cause.contrastive_loss(codes, student, teacher, book @ book.T, *bank)
         loss.backward()
@@ -2182,9 +1854,8 @@ def test_cause_contrast_value_gradient_and_folded_bank():
 
 def test_cause_contrast_without_positives_is_no_nan():
     student = torch.randn(2, 3, 5, requires_grad=True)
-    loss = cause.contrastive_loss(
-        torch.arange(6).view(2, 3), student, torch.randn(2, 3, 5), torch.eye(6) * 2 - 1
-    )
+    loss = cause.contrastive_loss(torch.arange(6).view(2, 3), student, torch.randn(2, 3, 5),
+                                  torch.eye(6) * 2 - 1)
     loss.backward()
     assert loss == 0 and torch.isfinite(student.grad).all()
     bank, projection = cause.Bank(6, 2, 5), torch.nn.Linear(4, 5)
@@ -2204,9 +1875,8 @@ def test_cause_bank_keeps_the_newest_half():
 
 def test_cause_three_published_steps():
     """Loss, student and teacher of three training steps, with a teacher that starts as a real copy."""
-    z, spec = golden("cause_step2_train.npz"), {
-        k: golden(f"cause_head_{k}.npz")["spec"] for k in ("mlp", "tr")
-    }
+    z, spec = golden("cause_step2_train.npz"), {k: golden(f"cause_head_{k}.npz")["spec"]
+                                                for k in ("mlp", "tr")}
     book, feat = torch.tensor(z["codebook"]), torch.tensor(z["feat"])
     unit, codes = F.normalize(book, dim=-1), cause.quantize(feat, book)
     for kind in ("mlp", "tr"):
@@ -2216,8 +1886,7 @@ def test_cause_three_published_steps():
             projection, linear = torch.nn.Linear(6, 16), torch.nn.Linear(6, 5)
             for layer, name in ((projection, "projection_head.f"), (linear, "linear.f")):
                 layer.load_state_dict(
-                    {"weight": state[name + ".weight"].flatten(1), "bias": state[name + ".bias"]}
-                )
+                    {"weight": state[name + ".weight"].flatten(1), "bias": state[name + ".bias"]})
             model = torch.nn.Module()
             model.student, model.projection = head, projection
             model.teacher, model.teacher_projection = copy.deepcopy(head), copy.deepcopy(projection)
@@ -2234,9 +1903,8 @@ def test_cause_three_published_steps():
                 past, more = bank.loss(codes, student, projection, unit @ unit.T)
                 loss = cause.mean_over_images(now + past, images + more)
                 losses.append(loss.item())
-                probe = eval_.linear_loss(
-                    linear(full).mT.unflatten(2, (4, 4)), torch.tensor(z["labels"][step])
-                )
+                probe = eval_.linear_loss(linear(full).mT.unflatten(2, (4, 4)),
+                                          torch.tensor(z["labels"][step]))
                 optimizer.zero_grad()
                 (loss + probe).backward()  # the published clip covers the probe too
                 clip = 1 if city == "cityscapes" else 2 if kind == "tr" else 0.1
@@ -2255,20 +1923,16 @@ def test_cause_cluster_probe_learns_without_labels():
     z = golden("cause_finetune_train.npz")
     for kind in ("mlp", "tr"):
         state = fill_like_cause(golden(f"cause_head_{kind}.npz")["spec"], z["scale"])
-        head, feat, book = (
-            published_cause(state, "head_ema", 24, 6, 16),
-            torch.tensor(z["feat"]),
-            torch.tensor(z["codebook"]),
-        )
+        head, feat, book = (published_cause(state, "head_ema", 24, 6, 16), torch.tensor(z["feat"]),
+                            torch.tensor(z["codebook"]))
         code = head(feat, *((book[cause.quantize(feat, book)],) if kind == "tr" else ())).detach()
         probe = torch.tensor(z["probe_init"], requires_grad=True)
         loss = cause.modularity_loss(code, probe)
         loss.backward()
         close(loss, z[f"{kind}_loss_mod"], 1e-5)
         close(probe.grad, z[f"{kind}_grad_probe"], 1e-5)
-        logits = F.linear(code, state["linear.f.weight"].flatten(1), state["linear.f.bias"]).mT.unflatten(
-            2, (4, 4)
-        )
+        logits = F.linear(code, state["linear.f.weight"].flatten(1),
+                          state["linear.f.bias"]).mT.unflatten(2, (4, 4))
         close(eval_.linear_loss(logits, torch.tensor(z["labels"][0])), z[f"{kind}_ce"], 1e-5)
 
 
@@ -2289,9 +1953,8 @@ def slic_by_loop(image, S, ruler=10, iterations=5):
     for _ in range(iterations):
         best = np.full((H, W), np.inf, np.float32)
         for n, ((x, y), c) in enumerate(zip(centre, colour)):
-            box = slice(max(0, int(y) - S), max(0, min(H, int(y) + S))), slice(
-                max(0, int(x) - S), max(0, min(W, int(x) + S))
-            )
+            box = slice(max(0, int(y) - S),
+                        max(0, min(H, int(y) + S))), slice(max(0, int(x) - S), max(0, min(W, int(x) + S)))
             part = pixels[box] - c
             d = part[..., 0] ** 2 + part[..., 1] ** 2 + part[..., 2] ** 2
             d = d + ((xx[box] - x) ** 2 + (yy[box] - y) ** 2) / np.float32((S / ruler) ** 2)
@@ -2301,10 +1964,8 @@ def slic_by_loop(image, S, ruler=10, iterations=5):
             own = labels == n
             size = np.float32(max(1, own.sum()))
             colour[n] = pixels[own].astype(np.float64).sum(0).astype(np.float32) / size
-            centre[n] = (
-                np.float32(xx[own].sum(dtype=float)) / size,
-                np.float32(yy[own].sum(dtype=float)) / size,
-            )
+            centre[n] = (np.float32(xx[own].sum(dtype=float)) / size,
+                         np.float32(yy[own].sum(dtype=float)) / size)
     return labels
 
 
@@ -2322,16 +1983,14 @@ def test_vice_slic_equals_a_loop_over_seeds():
         assert (vice.slic(image, S) == slic_by_loop(image, S)).all(), (H, W, S)
         flat = np.full((H, W, 3), 7, np.uint8)  # nothing but ties
         assert (vice.slic(flat, S) == slic_by_loop(flat, S)).all(), (H, W, S)
-    assert (
-        len(np.unique(vice.grid(320, 320, 20))) == 256 and (vice.grid(3, 4, 1).ravel() == np.arange(12)).all()
-    )
+    assert (len(np.unique(vice.grid(320, 320, 20))) == 256
+            and (vice.grid(3, 4, 1).ravel() == np.arange(12)).all())
 
 
 def test_vice_views_and_masks_equal_the_published_ones():
     z, m = golden("vice_views.npz"), golden("vice_mask_sampling.npz")
-    centres = [
-        vice.clip_centre(x, y, s, s, 320, 320) for (x, y), s in zip(z["requested_centers"], z["sizes"])
-    ]
+    centres = [vice.clip_centre(x, y, s, s, 320, 320)
+               for (x, y), s in zip(z["requested_centers"], z["sizes"])]
     assert (np.array(centres) == z["clipped_centers"]).all()
     boxes, shared = vice.place_views(centres, z["sizes"])
     assert (shared == z["common_rectangle"].ravel()).all()
@@ -2345,31 +2004,24 @@ def test_vice_views_and_masks_equal_the_published_ones():
     crops = [m[f"mask_labels{i}"] for i in range(3)]
     rectangles = [
         vice.mask_rectangle(len(crop), int(m["mask_view_param"]), float(m["mask_intensity"]), turn, *v)
-        for crop, turn, v in zip(crops, m["mask_uniform01"], m["mask_vonmises"].reshape(3, 3))
-    ]
-    noise, ids = vice.mask_views(
-        crops, m["mask_rect"].reshape(3, 4), rectangles, protected=m["mask_preserved"]
-    )
+        for crop, turn, v in zip(crops, m["mask_uniform01"], m["mask_vonmises"].reshape(3, 3))]
+    noise, ids = vice.mask_views(crops, m["mask_rect"].reshape(3, 4), rectangles,
+                                 protected=m["mask_preserved"])
     for i, crop in enumerate(crops):
         assert (noise[i] == m[f"mask_noise{i}"]).all()
         assert (np.where(np.isin(crop, ids), crop, -1) == m[f"mask_out{i}"]).all()
     p = vice.content(m["canny_image_rgb"])
-    assert (
-        np.corrcoef(p.ravel(), m["canny_prob"].ravel())[0, 1] > 0.99 and abs(p.max() / p.min() - 201) < 1e-6
-    )
+    assert (np.corrcoef(p.ravel(), m["canny_prob"].ravel())[0, 1] > 0.99
+            and abs(p.max() / p.min() - 201) < 1e-6)
 
 
 def test_vice_view_statistics_lie_in_the_published_bands():
     photos = [golden("vice_views.npz")["std320_img"], golden("slic_astronaut512.npz")["image_rgb"]]
-    bands, rng, found = (
-        golden("vice_view_stats.json")["lowres_view256_region20"],
-        np.random.default_rng(0),
-        [],
-    )
+    bands, rng, found = (golden("vice_view_stats.json")["lowres_view256_region20"], np.random.default_rng(0),
+                         [])
     for photo in photos:
-        picture = F.interpolate(
-            torch.from_numpy(photo).permute(2, 0, 1)[None].float(), (320, 320), mode="bilinear"
-        )[0].byte()
+        picture = F.interpolate(torch.from_numpy(photo).permute(2, 0, 1)[None].float(), (320, 320),
+                                mode="bilinear")[0].byte()
         regions = vice.slic(picture.permute(1, 2, 0)).numpy()
         for _ in range(10):
             _, labels, noise = vice.make_views(picture, regions, rng, vice_args("--data", "coco27"))
@@ -2397,12 +2049,10 @@ def test_vice_labels_of_views_pasted_back_equal_the_original():
     for _ in range(5):
         sizes = rng.uniform(32, 96, 4)
         boxes, shared = vice.place_views(
-            [vice.clip_centre(*rng.integers(40, 56, 2), s, s, 96, 96) for s in sizes], sizes
-        )
+            [vice.clip_centre(*rng.integers(40, 56, 2), s, s, 96, 96) for s in sizes], sizes)
         crops, rects = [vice.crop(truth, box) for box in boxes], shared - boxes[:, [0, 1, 0, 1]]
-        noise, ids = vice.mask_views(
-            crops, rects, rng.integers(0, 30, (4, 2)).repeat(2, 1) + [0, 0, 9, 9], rng=rng
-        )
+        noise, ids = vice.mask_views(crops, rects, rng.integers(0, 30, (4, 2)).repeat(2, 1) + [0, 0, 9, 9],
+                                     rng=rng)
         for (x0, y0, x1, y1), view, hidden in zip(boxes, vice.resize_regions(crops, rects, ids, 64), noise):
             i, j = np.nonzero(view >= 0)
             y, x = y0 + i * (y1 - y0) // 64, x0 + j * (x1 - x0) // 64
@@ -2411,11 +2061,8 @@ def test_vice_labels_of_views_pasted_back_equal_the_original():
     views = vice.Views(Squares(), vice_args(*options))
     for _ in range(5):  # through masks, flips and all: the same square in each
         item = views[0]
-        assert "label" not in item and item["image"].shape == (
-            len(item["image"]),
-            3,
-            *item["regions"].shape[1:],
-        )
+        assert "label" not in item and item["image"].shape == (len(item["image"]), 3,
+                                                               *item["regions"].shape[1:])
         seen = (item["image"] * data.STD + data.MEAN)[:, 0] * 255 / 4
         for k in range(int(item["regions"].max()) + 1):
             found = [x[r == k].median().item() for x, r in zip(seen, item["regions"]) if (r == k).sum() > 50]
@@ -2449,11 +2096,8 @@ def test_vice_loss_and_queue_equal_the_published_ones():
             close(prototypes.grad, z["grad_prototypes"], 1e-5)
             for v, i in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)):
                 grad = raw[v][i].grad
-                close(
-                    torch.zeros(()) if grad is None else grad,
-                    z[f"grad_raw_v{v}_i{i}"] if grad is not None else 0.0,
-                    1e-5,
-                )
+                close(torch.zeros(()) if grad is None else grad,
+                      z[f"grad_raw_v{v}_i{i}"] if grad is not None else 0.0, 1e-5)
     queue.push(embeddings[0].detach())
     close(queue.contents(), z["queue_after_update"], 1e-6)
 
@@ -2461,11 +2105,8 @@ def test_vice_loss_and_queue_equal_the_published_ones():
 def test_vice_region_means():
     z = golden("vice_region_pool.npz")
     for v, i in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        feat, labels, ids = (
-            torch.tensor(z["feat"][2 * v + i]),
-            torch.tensor(z[f"labels_v{v}_i{i}"]),
-            z[f"region_ids_v{v}_i{i}"],
-        )
+        feat, labels, ids = (torch.tensor(z["feat"][2 * v + i]), torch.tensor(z[f"labels_v{v}_i{i}"]),
+                             z[f"region_ids_v{v}_i{i}"])
         means = F.normalize(vice.region_mean(feat, labels, int(labels.max()) + 1), dim=1)[ids]
         close(means, z[f"emb_v{v}_i{i}"], 1e-5)
         close(means @ torch.tensor(z["prototypes"]).T, z[f"score_v{v}_i{i}"], 1e-5)
@@ -2476,11 +2117,8 @@ def test_vice_region_means():
     close(means[z["region_ids"]], z["mean"], 1e-9)
     for maps in (feat.float(), feat[:, :, ::4, ::4].float()):  # few and many regions per cell
         up = F.interpolate(maps, (32, 32), mode="bilinear", align_corners=True)[0]
-        close(
-            vice.embed_regions(maps, labels, count)[0],
-            F.normalize(vice.region_mean(up, labels[0], count), dim=1),
-            1e-5,
-        )
+        close(vice.embed_regions(maps, labels, count)[0],
+              F.normalize(vice.region_mean(up, labels[0], count), dim=1), 1e-5)
 
 
 def test_vice_lars_and_learning_rate_equal_the_published_ones():
@@ -2499,19 +2137,15 @@ def test_vice_lars_and_learning_rate_equal_the_published_ones():
                     close(p, z[f"{prefix}_after{t}_{name}"], 1e-7, relative=1e-6)
     z = golden("vice_lr_schedule.npz")
     for run in ("coco_4ep", "cityscapes_24ep", "coco_12ep"):
-        lr = [
-            vice.learning_rate(i, int(z[f"{run}_total"]), 0.32, float(z[f"{run}_warmup_frac"]))
-            for i in z[f"{run}_iter"]
-        ]
+        lr = [vice.learning_rate(i, int(z[f"{run}_total"]), 0.32, float(z[f"{run}_warmup_frac"]))
+              for i in z[f"{run}_iter"]]
         close(np.array(lr), z[f"{run}_lr"], 1e-7)
 
 
 def test_vice_networks_equal_the_published_ones():
     z = golden("vice_models.npz")
-    for arch, decoder, key, millions in (
-        ("resnet18", "fpn", "r18_fpn", 11.30),
-        ("resnet50", "deeplab", "r50_dl", 29.35),
-    ):
+    for arch, decoder, key, millions in (("resnet18", "fpn", "r18_fpn", 11.30),
+                                         ("resnet50", "deeplab", "r50_dl", 29.35)):
         network = vice.Network(arch, decoder, 128).eval()
         assert abs(sum(p.numel() for p in network.parameters()) / 1e6 - millions) < 0.01
         for m in network.modules():
@@ -2533,9 +2167,8 @@ def test_vice_networks_equal_the_published_ones():
 
 def san_model(seed=0, **options):
     """A small SAN in float64, with batch norms whose weights and biases matter."""
-    args = dict(
-        dim=32, clusters=5, classes=3, layers=1, semantics="average", gates="sigmoid", normalise="set"
-    )
+    args = dict(dim=32, clusters=5, classes=3, layers=1, semantics="average", gates="sigmoid",
+                normalise="set")
     torch.manual_seed(seed)
     model = san.Model(argparse.Namespace(**{**args, **options})).double().train()
     for norm in (model.norm1, model.norm2):
@@ -2550,11 +2183,8 @@ def san_step(model, images, plain=False, target="decoded"):
     code, q, s = (model.reconstruct_plain if plain else model.reconstruct)(images, model.generator(images))
     loss = san.reconstruction_loss(q, images) + san.consistency_loss(s, q, images, target)
     loss.backward()
-    return (
-        loss.item(),
-        code.detach(),
-        {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None},
-    )
+    return (loss.item(), code.detach(),
+            {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
 
 
 def test_san_golden():
@@ -2564,26 +2194,16 @@ def test_san_golden():
     attention, theta = san.semantic_attention(q, gamma)
     paint = lambda x: torch.einsum("cp,bphw->bchw", g["W"], x) + g["b"].view(3, 1, 1)
     rec_q, rec_s = paint(q), paint(theta)
-    for name, ours in (
-        ("gamma", gamma),
-        ("theta", theta),
-        ("attention", attention.flatten(2).mT),
-        ("rec_q", rec_q),
-        ("rec_theta", rec_s),
-        ("labels", attention.argmax(1)),
-        ("loss_rec", san.reconstruction_loss(rec_q, g["image"])),
-        ("loss_align_to_recq", san.consistency_loss(rec_s, rec_q, g["image"])),
-        ("loss_align_to_image", san.consistency_loss(rec_s, rec_q, g["image"], "image")),
-    ):
+    for name, ours in (("gamma", gamma), ("theta", theta), ("attention", attention.flatten(2).mT),
+                       ("rec_q", rec_q), ("rec_theta", rec_s), ("labels", attention.argmax(1)),
+                       ("loss_rec", san.reconstruction_loss(rec_q, g["image"])),
+                       ("loss_align_to_recq", san.consistency_loss(rec_s, rec_q, g["image"])),
+                       ("loss_align_to_image", san.consistency_loss(rec_s, rec_q, g["image"], "image"))):
         assert torch.allclose(ours, g[name], rtol=0, atol=1e-9), name
-    (
-        san.reconstruction_loss(rec_q, g["image"]) + san.consistency_loss(rec_s, rec_q, g["image"], "image")
-    ).backward()
-    for name, x in (
-        ("grad_Q_rec_plus_align_image", q),
-        ("grad_zeta_rec_plus_align_image", zeta),
-        ("grad_p", p),
-    ):
+    (san.reconstruction_loss(rec_q, g["image"])
+     + san.consistency_loss(rec_s, rec_q, g["image"], "image")).backward()
+    for name, x in (("grad_Q_rec_plus_align_image", q), ("grad_zeta_rec_plus_align_image", zeta),
+                    ("grad_p", p)):
         assert torch.allclose(x.grad, g[name], rtol=0, atol=1e-9), name
 
 
@@ -2600,9 +2220,8 @@ def test_san_folded_equals_plain():
     for name, x in a.named_buffers():  # running means and variances too
         assert torch.allclose(x, b.get_buffer(name), atol=1e-10), name
     a.eval(), b.eval()
-    assert torch.allclose(
-        a(images).softmax(1), b.reconstruct_plain(images, b.generator(images))[0].softmax(1), atol=1e-10
-    )
+    assert torch.allclose(a(images).softmax(1),
+                          b.reconstruct_plain(images, b.generator(images))[0].softmax(1), atol=1e-10)
 
 
 def test_san_memory_is_half():
@@ -2612,15 +2231,13 @@ def test_san_memory_is_half():
         sizes, model = {}, san_model(dim=64)
 
         def note(x):
-            sizes[x.untyped_storage().data_ptr()] = (
-                x.untyped_storage().nbytes() if x.shape[-2:] == (32, 32) else 0
-            )
+            sizes[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes() if x.shape[-2:] == (32, 32)
+                                                     else 0)
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            kept = (model.reconstruct_plain if plain else model.reconstruct)(
-                images, model.generator(images).detach()
-            )
+            kept = (model.reconstruct_plain if plain
+                    else model.reconstruct)(images, model.generator(images).detach())
         return sum(sizes.values()), kept
 
     assert saved(False)[0] < 0.1 * saved(True)[0]
@@ -2650,18 +2267,13 @@ def test_san_prediction_is_the_largest_attention():
 
 def test_san_every_switch_moves_what_it_should():
     images = torch.randn(2, 3, 16, 16, dtype=torch.double)
-    for options in (
-        dict(gates="none"),
-        dict(gates="softmax"),
-        dict(semantics="image"),
-        dict(semantics="batch"),
-    ):
+    for options in (dict(gates="none"), dict(gates="softmax"), dict(semantics="image"),
+                    dict(semantics="batch")):
         loss, code, grads = san_step(san_model(**options), images)
         assert np.isfinite(loss) and torch.isfinite(code).all()
         assert ("generator.matcher.0.weight" in grads) == (options.get("gates") != "none")
-        assert all(
-            g.abs().sum() > 0 for name, g in grads.items() if "b2" not in name and "in_proj_bias" not in name
-        )
+        assert all(g.abs().sum() > 0
+                   for name, g in grads.items() if "b2" not in name and "in_proj_bias" not in name)
 
 
 def test_san_crops_keep_image_and_label_together():
@@ -2671,9 +2283,8 @@ def test_san_crops_keep_image_and_label_together():
         for _ in range(20):
             crop = san.Crops([item], 16)[0]
             known = crop["label"] >= 0
-            assert crop["image"].shape == (3, 16, 16) and torch.equal(
-                crop["image"][0][known], crop["label"][known].float()
-            )
+            assert crop["image"].shape == (3, 16, 16) and torch.equal(crop["image"][0][known],
+                                                                      crop["label"][known].float())
             assert known.sum() == 16 * min(h, 16)
 
 
@@ -2685,27 +2296,20 @@ def san_process(rank, world, file, images, queue):
     loss, _, _ = san_step(model, share)
     common.average_gradients(model)
     if rank == 0:
-        queue.put(
-            (
-                {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
-                {k: b.numpy() for k, b in model.named_buffers()},
-            )
-        )
+        queue.put(({k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
+                   {k: b.numpy() for k, b in model.named_buffers()}))
     torch.distributed.destroy_process_group()
 
 
 def test_san_two_processes_equal_one():
     import tempfile
 
-    images, context = torch.randn(4, 3, 16, 16, dtype=torch.double), torch.multiprocessing.get_context(
-        "spawn"
-    )
+    images, context = torch.randn(4, 3, 16, 16,
+                                  dtype=torch.double), torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        workers = [
-            context.Process(target=san_process, args=(r, 2, f"{folder}/store", images, queue))
-            for r in range(2)
-        ]
+        workers = [context.Process(target=san_process, args=(r, 2, f"{folder}/store", images, queue))
+                   for r in range(2)]
         [w.start() for w in workers]
         grads, buffers = queue.get(timeout=120)
         [w.join() for w in workers]
@@ -2766,11 +2370,8 @@ def write_scenes(path, n=6, size=48, labels="real"):
         Image.fromarray(images.picture(i).permute(1, 2, 0).numpy()).save(path / "photos" / f"{i}.png")
         if labels:
             label = images[i]["label"].numpy().astype(np.uint8)
-            label = (
-                np.random.RandomState(i).randint(0, 6, label.shape).astype(np.uint8)
-                if labels == "noise"
-                else label
-            )
+            label = (np.random.RandomState(i).randint(0, 6, label.shape).astype(np.uint8) if labels == "noise"
+                     else label)
             (path / "labels" / "photos").mkdir(parents=True, exist_ok=True)
             Image.fromarray(label).save(path / "labels" / "photos" / f"{i}.png")
     if labels:
@@ -2785,16 +2386,13 @@ def smoke_leaves_everything(method):
         for name in ("args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png", "scores.json"):
             assert (tmp / "run" / name).stat().st_size > 0, f"{name} is missing"
         found = json.loads((tmp / "run" / "scores.json").read_text())
-        assert (
-            0 <= found["cluster"]["miou"] <= 1 and 0 <= found["linear"]["accuracy"] <= 1 and "kmeans" in found
-        )
+        assert (0 <= found["cluster"]["miou"] <= 1 and 0 <= found["linear"]["accuracy"] <= 1
+                and "kmeans" in found)
         lines = [json.loads(x) for x in (tmp / "run" / "log.jsonl").read_text().splitlines()]
         assert lines and all(math.isfinite(x["loss"]) for x in lines)
         model, args, checkpoint = eval_.load_run(tmp / "run")  # rebuilt from method and options alone
-        assert same(
-            weights(tmp / "run"),
-            {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")},
-        )
+        assert same(weights(tmp / "run"),
+                    {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")})
         code, text = run(method, "--smoke", "--out", tmp / "run")
         assert code == 2 and "already holds a run" in text
 
@@ -2850,9 +2448,8 @@ def resumes_bit_for_bit(method, saves, *options):
             shutil.move(tmp / f"cut{n}", tmp / f"moved{n}")  # a run folder may lie elsewhere by now
             code, text = run(method, "--resume", tmp / f"moved{n}")
             assert code == 0, text
-            assert same(
-                weights(tmp / "whole"), weights(tmp / f"moved{n}")
-            ), f"{method}: other weights after save {n}"
+            assert same(weights(tmp / "whole"),
+                        weights(tmp / f"moved{n}")), f"{method}: other weights after save {n}"
             a, b = (json.loads((tmp / d / "scores.json").read_text()) for d in ("whole", f"moved{n}"))
             assert a["cluster"] == b["cluster"] and a["linear"] == b["linear"]
 
@@ -2880,26 +2477,12 @@ def labels_leave_weights_alone(method, *options):
         found = []
         for labels in ("real", "noise", None):
             photos = write_scenes(tmp / f"{labels}" / "set", labels=labels)
-            code, text = run(
-                method,
-                "--smoke",
-                "--data",
-                photos,
-                "--clusters",
-                6,
-                "--steps",
-                3,
-                "--size",
-                48,
-                "--out",
-                tmp / f"{labels}" / "run",
-                *options,
-            )
+            code, text = run(method, "--smoke", "--data", photos, "--clusters", 6, "--steps", 3, "--size", 48,
+                             "--out", tmp / f"{labels}" / "run", *options)
             assert code == 0, text
             found.append(weights(tmp / f"{labels}" / "run", probes=False))
-        assert len(found[0]) > 1 and same(
-            found[0], found[1]
-        ), f"{method}: noise for labels changes the weights"
+        assert len(found[0]) > 1 and same(found[0],
+                                          found[1]), f"{method}: noise for labels changes the weights"
         assert same(found[0], found[2]), f"{method}: deleting the labels changes the weights"
 
 
@@ -2944,41 +2527,28 @@ def test_bad_input_is_one_line_and_exit_2():
         (tmp / "done").mkdir()
         (tmp / "done" / "last.pt").write_bytes(b"")
         (tmp / "done" / "args.json").write_text('{"seed": 0, "batch_size": 4}')
-        cases = {
-            ("--data", "scens"): "scenes",
-            ("--arch", "vits18"): "vits1",
-            ("--data", "camvid", "--root", tmp / "nowhere"): "nowhere",
-            ("--data", "camvid"): "--root",
-            ("--data", tmp / "empty"): "empty",
-            ("--data", tmp / "text"): "image",
-            ("--data", photos): "3.png",
-            ("--arch", "vits8", "--weights", tmp / "weights.pth"): "weights.pth",
-            ("--arch", "vits8", "--weights", tmp / "missing.pth"): "missing.pth",
-            ("--arch", "vits8", "--weights", "none", "--size", 100): "100",
-            ("--resume", tmp / "nowhere"): "no run folder",
-            ("--resume", tmp / "done"): "last.pt",
-            ("--resume", tmp / "done", "--lr", "1"): "drop --lr",
-            ("--out", tmp / "done"): "already holds a run",
-            ("--stps", "3"): "--steps",
-            ("--steps", "0"): "at least 1",
-            ("--device", "toaster"): "toaster",
-            ("--cache-features", "gpu"): "GPU",
-        }
+        cases = {("--data", "scens"): "scenes", ("--arch", "vits18"): "vits1",
+                 ("--data", "camvid", "--root", tmp / "nowhere"): "nowhere", ("--data", "camvid"): "--root",
+                 ("--data", tmp / "empty"): "empty", ("--data", tmp / "text"): "image",
+                 ("--data", photos): "3.png",
+                 ("--arch", "vits8", "--weights", tmp / "weights.pth"): "weights.pth",
+                 ("--arch", "vits8", "--weights", tmp / "missing.pth"): "missing.pth",
+                 ("--arch", "vits8", "--weights", "none", "--size", 100): "100",
+                 ("--resume", tmp / "nowhere"): "no run folder", ("--resume", tmp / "done"): "last.pt",
+                 ("--resume", tmp / "done", "--lr", "1"): "drop --lr",
+                 ("--out", tmp / "done"): "already holds a run", ("--stps", "3"): "--steps",
+                 ("--steps", "0"): "at least 1", ("--device", "toaster"): "toaster",
+                 ("--cache-features", "gpu"): "GPU"}
         for options, hint in cases.items():
             out = () if {"--out", "--resume"} & set(map(str, options)) else ("--out", tmp / "new")
-            code, text = (
-                run("cause", "--smoke" if out else "--seed=0", *options, *out)
-                if "--resume" not in options
-                else run("cause", *options)
-            )
+            code, text = (run("cause", "--smoke" if out else "--seed=0", *options, *out)
+                          if "--resume" not in options else run("cause", *options))
             last = text.strip().splitlines()[-1]
-            assert (
-                code == 2 and last.startswith("error: ") and hint in last
-            ), f"{options}: exit {code}: {text}"
+            assert (code == 2 and last.startswith("error: ")
+                    and hint in last), f"{options}: exit {code}: {text}"
             assert not (tmp / "new").exists(), f"{options} left a run folder behind"
         assert (tmp / "done" / "last.pt").read_bytes() == b"" and (
-            tmp / "done" / "args.json"
-        ).read_text() == '{"seed": 0, "batch_size": 4}'
+            tmp / "done" / "args.json").read_text() == '{"seed": 0, "batch_size": 4}'
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_term_and_the_files():
@@ -2996,11 +2566,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_term_and_the_files():
             code, text = run("cause", "--smoke", "--out", tmp / "stops")
             assert code == 1 and "step 3 (head)" in text and "loss" in text and "scenes" in text, text
             kept = torch.load(tmp / "stops" / "last.pt", weights_only=True)
-            assert (
-                kept["phase"] == 1
-                and kept["step"] == 3
-                and all(torch.isfinite(v).all() for v in kept["model"].values())
-            )
+            assert (kept["phase"] == 1 and kept["step"] == 3
+                    and all(torch.isfinite(v).all() for v in kept["model"].values()))
             calls = 0
             code, text = run("cause", "--smoke", "--skip-bad-steps", 1, "--out", tmp / "goes-on")
             assert code == 0 and "left out step 3" in text, text
@@ -3058,12 +2625,9 @@ def test_hostile_checkpoints_are_refused():
             common.load_checkpoint(tmp)
         assert not Path("exploded").exists() and not (tmp / "exploded").exists()
         module = torch.nn.Linear(2, 3)
-        for bad in (
-            {"weight": torch.zeros(3, 2)},
-            {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
-            {"weight": torch.zeros(3, 2, dtype=torch.int64), "bias": torch.zeros(3)},
-            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "more": torch.zeros(1)},
-        ):
+        for bad in ({"weight": torch.zeros(3, 2)}, {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
+                    {"weight": torch.zeros(3, 2, dtype=torch.int64), "bias": torch.zeros(3)},
+                    {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "more": torch.zeros(1)}):
             with raises(ValueError, "does not fit"):
                 common.load_trained(module, bad, path)
 
@@ -3074,9 +2638,8 @@ def test_cached_features_give_the_same_run_to_rounding():
             code, text = run("cause", "--smoke", "--cache-features", where, "--out", tmp / Path(where).name)
             assert code == 0, text
         again, text = run("cause", "--smoke", "--cache-features", tmp / "cache", "--out", tmp / "again")
-        assert same(weights(tmp / "ram"), weights(tmp / "cache")) and same(
-            weights(tmp / "ram"), weights(tmp / "again")
-        )
+        assert same(weights(tmp / "ram"),
+                    weights(tmp / "cache")) and same(weights(tmp / "ram"), weights(tmp / "again"))
         run("cause", "--smoke", "--out", tmp / "plain")
         a, b = weights(tmp / "plain"), weights(tmp / "ram")
         assert max((a[k] - b[k]).abs().max() for k in a) < 0.1
@@ -3085,46 +2648,31 @@ def test_cached_features_give_the_same_run_to_rounding():
 def test_help_is_quick_and_complete():
     for method, module in METHODS.items():
         start = time.perf_counter()
-        text = subprocess.run(
-            [sys.executable, HERE / f"{method}.py", "--help"], capture_output=True, text=True
-        ).stdout
+        text = subprocess.run([sys.executable, HERE / f"{method}.py", "--help"], capture_output=True,
+                              text=True).stdout
         assert time.perf_counter() - start < 2 and "--cache-features" in text, f"{method}: {text}"
         parser = module.arguments()
         silent = [a.dest for a in parser._actions if not a.help]
         assert not silent, f"{method}: no help for {silent}"
         for name, preset in module.PRESETS.items():
             assert not set(preset) - {
-                a.dest for a in parser._actions
-            }, f"{method}: preset {name} sets an unknown option"
+                a.dest for a in parser._actions}, f"{method}: preset {name} sets an unknown option"
 
 
 # ---------------------------------------------------------------- stress: python test_all.py -k stress
 
 
 def start(method, *options):
-    return subprocess.Popen(
-        [sys.executable, HERE / f"{method}.py", *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return subprocess.Popen([sys.executable, HERE / f"{method}.py", *map(str, options)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
 
 
 def test_stress_killed_at_twenty_random_moments():
     """SIGKILL at random moments, checkpoints at every step, resumed until done: the weights of the
     uninterrupted run."""
-    options = [
-        "--smoke",
-        "--steps",
-        "60",
-        "--codebook-steps",
-        "20",
-        "--probe-steps",
-        "20",
-        "--save-every",
-        "1",
-    ]
+    options = ["--smoke", "--steps", "60", "--codebook-steps", "20", "--probe-steps", "20", "--save-every",
+               "1"]
     rng, kills = np.random.RandomState(0), 0
     with folder() as tmp:
         whole = start("cause", *options, "--out", tmp / "whole")
@@ -3152,12 +2700,10 @@ def test_stress_killed_at_twenty_random_moments():
 
 
 def test_stress_fifty_kills_while_saving():
-    code = (
-        "import common, itertools, sys, torch; from pathlib import Path\n"
-        "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'model': "
-        "torch.full((500000,), i), 'phase': 0, 'step': i, 'state': {}, 'rng': []}, Path(sys.argv[1]) / "
-            "'last.pt')"
-    )
+    code = ("import common, itertools, sys, torch; from pathlib import Path\n"
+            "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'model': "
+            "torch.full((500000,), i), 'phase': 0, 'step': i, 'state': {}, 'rng': []}, Path(sys.argv[1]) / "
+            "'last.pt')")
     rng = np.random.RandomState(1)
     with folder() as tmp:
         for _ in range(50):
@@ -3180,9 +2726,8 @@ def test_stress_signals_finish_the_step_and_say_how_to_resume():
                 time.sleep(0.05)
             process.send_signal(number)
             text = process.communicate(timeout=60)[0]
-            assert (
-                process.returncode == code and f"--resume {tmp / 'run'}" in text and "Traceback" not in text
-            ), text
+            assert (process.returncode == code and f"--resume {tmp / 'run'}" in text
+                    and "Traceback" not in text), text
             assert common.load_checkpoint(tmp / "run")["step"] > 0
 
 
@@ -3192,28 +2737,11 @@ def test_stress_two_and_four_processes_equal_one():
     with folder() as tmp:
         for method in METHODS:
             for n in (1, 2, 4):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={n}",
-                    HERE / f"{method}.py",
-                    "--smoke",
-                    "--batch-size",
-                    8,
-                    "--steps",
-                    4,
-                    "--out",
-                    tmp / f"{method}{n}",
-                ]
-                done = subprocess.run(
-                    [str(c) for c in command],
-                    capture_output=True,
-                    text=True,
-                    timeout=400,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={n}", HERE / f"{method}.py", "--smoke", "--batch-size", 8,
+                           "--steps", 4, "--out", tmp / f"{method}{n}"]
+                done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=400,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
                 assert done.returncode == 0, f"{method} with {n} processes: {done.stderr[-2000:]}"
             one = torch.cat([x.double().flatten() for x in weights(tmp / f"{method}1").values()])
             for n in (2, 4):
@@ -3245,14 +2773,8 @@ def test_readme_commands_have_real_options():
         elif name == "eval":
             eval_.arguments().parse_args(options)
         elif name == "test_all":
-            assert (
-                not options
-                or options[0] == "-k"
-                and (
-                    len(options) == 1
-                    or any(options[1] in test for test in globals() if test.startswith("test_"))
-                )
-            ), options
+            assert (not options or options[0] == "-k" and (len(options) == 1 or any(
+                options[1] in test for test in globals() if test.startswith("test_")))), options
         else:
             if name not in helps:
                 command = [sys.executable, HERE / f"{name}.py", "--help"]
@@ -3264,18 +2786,13 @@ def test_readme_commands_have_real_options():
 
 
 def test_readme_example_of_an_own_method_runs_as_it_stands():
-    code = re.search(r"## Add your own method.*?```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[
-        1
-    ]
+    code = re.search(r"## Add your own method.*?```python\n(.*?)```", (HERE / "README.md").read_text(),
+                     re.S)[1]
     assert code.count("\n") < 100
     with folder() as tmp:
         (tmp / "mine.py").write_text(code)
-        done = subprocess.run(
-            [sys.executable, tmp / "mine.py", "--smoke", "--out", tmp / "run"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE)},
-        )
+        done = subprocess.run([sys.executable, tmp / "mine.py", "--smoke", "--out", tmp / "run"],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
         assert done.returncode == 0 and "mIoU" in done.stdout, done.stderr
         assert (tmp / "run" / "samples.png").exists()
 
@@ -3290,11 +2807,8 @@ def test_files_keep_to_the_rules():
         long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 110]
         assert not long, f"{path.name}: lines {long} are over 110 columns"
         for node in ast.walk(ast.parse(text)):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module] if isinstance(node, ast.ImportFrom) else []
-            )
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                     if isinstance(node, ast.ImportFrom) else [])
             wrong = [n for n in names if n.split(".")[0] not in allowed | ours]
             assert not wrong, f"{path.name} imports {wrong}"
             if path.stem in METHODS:
@@ -3304,11 +2818,7 @@ def test_files_keep_to_the_rules():
     for method in METHODS:
         sections = re.findall(r"^# -{10,} (\w+(?: \w+)?)", (HERE / f"{method}.py").read_text(), re.M)
         assert [s for s in sections if s in ("model", "loss", "training", "command line")] == [
-            "model",
-            "loss",
-            "training",
-            "command line",
-        ], f"{method}: {sections}"
+            "model", "loss", "training", "command line"], f"{method}: {sections}"
 
 
 def test_copies_are_identical():
@@ -3322,20 +2832,13 @@ def test_copies_are_identical():
 
 def main():
     names = sys.argv[sys.argv.index("-k") + 1 :] if "-k" in sys.argv else [""]
-    tests = [
-        unittest.FunctionTestCase(f, description=n)
-        for n, f in globals().items()
-        if n.startswith("test_")
-        and any(k in n for k in names)
-        and ("stress" not in n or any("stress" in k for k in names))
-    ]
+    tests = [unittest.FunctionTestCase(f, description=n) for n, f in globals().items() if n.startswith(
+        "test_") and any(k in n for k in names) and ("stress" not in n or any("stress" in k for k in names))]
     torch.manual_seed(0)
     result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(unittest.TestSuite(tests))
     failed = len(result.failures) + len(result.errors)
-    print(
-        f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} "
-          "skipped"
-    )
+    print(f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} "
+          "skipped")
     sys.exit(failed > 0 or not tests)
 
 
