@@ -83,7 +83,7 @@ def close(a, b, absolute, relative=0.0, what="it"):
         f"{what} differs by {worst.max():.3g}")
 
 
-def match(z, absolute, names="{}", relative=0.0, **values):
+def match(z, absolute, names="{}", /, relative=0.0, **values):
     """Assert that each value is close to the reference z[its name], the name put into `names`."""
     for name, value in values.items():
         close(value, z[names.format(name)], absolute, relative, names.format(name))
@@ -307,8 +307,7 @@ def hf_vit(s):  # transformers 4: ViT, MSN, MAE
     s = renamed(s, *TOKENS, PROJECTION, ("^blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
                 ("norm2", "layernorm_after"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
                 ("attn.proj", "attention.output.dense"), (r"^norm\.", "layernorm."))
-    return (qkv_apart(s, "attention.attention.{}", WORDS)
-            | {"pooler.dense.weight": s["embeddings.cls_token"]})
+    return qkv_apart(s, "attention.attention.{}", WORDS) | {"pooler.dense.weight": s["embeddings.cls_token"]}
 
 
 def hf5_vit(s):
@@ -352,27 +351,21 @@ def timm_registers(s):
         "pos_embed": s["pos_embed"][:, 1:], "cls_token": s["cls_token"] + s["pos_embed"][:, :1]}
 
 
-def training(s):  # DINO's own checkpoint
-    return {"student": {"module.backbone." + k: torch.zeros_like(v) for k, v in s.items()}, "epoch": 3,
-            "args": argparse.Namespace(lr=1), "teacher": under("backbone.", s) | junk("head.mlp.0.weight")}
-
-
-def msn(s):
-    return {"encoder": {"module." + k: torch.zeros_like(v) for k, v in s.items()},
-            "prototypes": torch.ones(3, 2),
-            "target_encoder": under("module.", s) | junk("module.fc.bn1.running_mean")}
-
-
-def selfpatch(s):
-    heads = junk("ca_head.norm.weight", "c_head.mlp.0.bias") | {"ca_head.cls_token": torch.ones(1, 1, 2)}
-    return {"teacher": under("module.backbone.", s) | under("module.", heads)}
+def zeros(state):
+    return {k: torch.zeros_like(v) for k, v in state.items()}
 
 
 LAYOUTS = [  # family, writer
-    ("dino", dict), ("dino", training), ("dino", hf_vit), ("dino", hf5_vit),
+    ("dino", dict), ("dino", hf_vit), ("dino", hf5_vit),
+    ("dino", lambda s: {"student": under("module.backbone.", zeros(s)), "args": argparse.Namespace(lr=1),
+                        "teacher": under("backbone.", s) | junk("head.mlp.0.weight"), "epoch": 3}),
     ("dino", lambda s: {"net_model_state_dict": under("model.", s), "best": np.float64(1)}),
     ("dino", lambda s: {"state_dict": under("net.model.", s) | junk("linear_probe.bias")}),
-    ("ibot", lambda s: {"state_dict": s | junk("masked_embed")}), ("msn", msn), ("selfpatch", selfpatch),
+    ("ibot", lambda s: {"state_dict": s | junk("masked_embed")}),
+    ("msn", lambda s: {"encoder": under("module.", zeros(s)), "prototypes": torch.ones(3, 2),
+                       "target_encoder": under("module.", s | junk("fc.bn1.running_mean"))}),
+    ("selfpatch", lambda s: {"teacher": under("module.", under("backbone.", s) | junk(
+        "ca_head.norm.weight", "c_head.mlp.0.bias") | {"ca_head.cls_token": torch.ones(1, 1, 2)})}),
     ("mae", lambda s: {"model": s | {"mask_token": s["cls_token"]} | junk("decoder_blocks.0.norm1.bias")}),
     ("mae", lambda s: under("vit.", hf_vit(s)) | junk("decoder.mask_token")),
     ("dinov2", lambda s: s | {"mask_token": s["cls_token"][0]}), ("dinov2", hf_dinov2),
@@ -1280,8 +1273,8 @@ def test_eval_official_checkpoints():
             for name, content in files.items():
                 torch.save(content, tmp / name)
             arch = "--arch vits16 --weights none" if method == "cause" else ""
-            run_eval(f"--official {method} --data scenes {arch} --out", tmp / "run",
-                     *map(tmp.joinpath, files))
+            paths = [tmp / name for name in files]
+            run_eval("--data scenes", arch, "--out", tmp / "run", "--official", method, *paths)
             model, args, _ = eval_.load_run(tmp / "run")
             values = {key: value for content in files.values() for key, value in content.items()}
             values = values.get("state_dict", values)
@@ -1292,12 +1285,12 @@ def test_eval_official_checkpoints():
             code = model.code(feats) if method == "cause" else model.head(feats)
             close(code, f1(feats) + f3(f2(feats).relu()), 1e-3)
             assert args.classes == 6 and len(model.cluster.clusters) == 6 + (method == "stego")
-            refuses(ValueError, "no probes", run_eval, f"--official {other} --data scenes --out",
-                    tmp / "other", tmp / next(iter(files)))
+            refuses(ValueError, "no probes", run_eval, "--data scenes --out", tmp / "other", "--official",
+                    other, paths[0])
     with folder() as tmp:
         torch.save({"state_dict": {"a": Attack(tmp / "hit")}}, tmp / "bad.ckpt")
-        refuses(ValueError, "", run_eval, "--official stego --data scenes --out", tmp / "run",
-                tmp / "bad.ckpt")
+        refuses(ValueError, "nothing was run", run_eval, "--data scenes --out", tmp / "run",
+                "--official stego", tmp / "bad.ckpt")
         assert not (tmp / "hit").exists()
 
 
@@ -2027,10 +2020,8 @@ def test_san_folded_equals_plain():
         loss_plain, code_plain, grads_plain = san_step(b, images, plain=True, target=target)
         assert abs(loss - loss_plain) < 1e-10 and grads.keys() == grads_plain.keys()
         assert torch.allclose(code.softmax(1), code_plain.softmax(1), atol=1e-10)
-        for name in grads:
-            assert torch.allclose(grads[name], grads_plain[name], atol=1e-9), name
-    for name, x in a.named_buffers():  # running means and variances too
-        assert torch.allclose(x, b.get_buffer(name), atol=1e-10), name
+        match(grads_plain, 1e-9, relative=1e-5, **grads)
+    match(dict(b.named_buffers()), 1e-10, relative=1e-5, **dict(a.named_buffers()))
     a.eval(), b.eval()
     plain = b.reconstruct_plain(images, b.generator(images))[0]
     assert torch.allclose(a(images).softmax(1), plain.softmax(1), atol=1e-10)
@@ -2119,13 +2110,11 @@ def test_san_two_processes_equal_one():
         [w.join() for w in workers]
     model = san_model()
     _, _, own = san_step(model, images)
-    for found, expected in ((grads, own), (buffers, dict(model.named_buffers()))):
-        for name, x in expected.items():
-            assert np.allclose(found[name], x, atol=1e-10), name
+    match(grads, 1e-10, relative=1e-5, **own)
+    match(buffers, 1e-10, relative=1e-5, **dict(model.named_buffers()))
 
 
-# ---------------------------------------------------------------- runs: resume, determinism, labels, bad
-# input
+# ---------------------------------------------------------------- runs: resume, seeds, labels, bad input
 
 METHODS = {"stego": stego, "hp": hp, "cause": cause, "vice": vice, "san": san}
 
@@ -2363,7 +2352,7 @@ def test_hostile_checkpoints_are_refused():
         path.mkdir()
         refuses(FileNotFoundError, "last.pt", common.load_checkpoint, tmp)
         assert not hit.exists()
-        zeros, module = torch.zeros, torch.nn.Linear(2, 3)
+        module, zeros = torch.nn.Linear(2, 3), torch.zeros
         for bad in ({"weight": zeros(3, 2)}, {"weight": zeros(2, 2), "bias": zeros(3)},
                     {"weight": zeros(3, 2, dtype=torch.int64), "bias": zeros(3)},
                     {"weight": zeros(3, 2), "bias": zeros(3), "more": zeros(1)}):
@@ -2512,8 +2501,8 @@ def test_readme_example_of_an_own_method_runs_as_it_stands():
     assert code.count("\n") < 100
     with folder() as tmp:
         put(tmp / "mine.py", code)
-        done = python(tmp / "mine.py", "--smoke --out", tmp / "run",
-                      env={**os.environ, "PYTHONPATH": str(HERE)})
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = python(tmp / "mine.py", "--smoke --out", tmp / "run", env=environment)
         assert done.returncode == 0 and "mIoU" in done.stdout, done.stderr
         assert (tmp / "run" / "samples.png").exists()
 
