@@ -185,7 +185,7 @@ def report(error):
         raise error
     if isinstance(error, KeyboardInterrupt):
         return 130
-    # a loader worker's error carries its traceback, whose last part counts; a file's name may have line breaks
+    # a loader worker's error carries its traceback, whose last part counts; names may have line breaks
     text = re.split(r"^\w+(?:Error|Exception): ", str(error).strip(), flags=re.M)[-1].replace("\n", "\\n")
     text = text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
