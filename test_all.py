@@ -25,6 +25,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,7 @@ import time
 import types
 import unittest
 import zipfile
+import zlib
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -2389,35 +2391,43 @@ def start(method, *options):
 
 
 def test_stress_killed_at_twenty_random_moments():
-    """SIGKILL at random moments, checkpoints at every step, resumed: the weights of an uninterrupted run."""
-    options = "--smoke --steps 60 --codebook-steps 20 --probe-steps 20 --save-every 1 --out"
+    """SIGKILL at random moments, four for each method, a checkpoint after every step, resumed each time: the
+    weights and scores of an uninterrupted run."""
     rng, kills = np.random.RandomState(0), 0
-    with folder() as tmp:
-        whole, begin = start("cause", options, tmp / "whole"), time.time()
-        assert whole.wait(300) == 0, whole.stdout.read()
-        seconds = time.time() - begin
-        while kills < 20:
-            name = tmp / f"killed{kills}"
-            process = start("cause", options, name)
-            while not (name / "last.pt").exists() and process.poll() is None:
-                time.sleep(0.01)
-            for _ in range(3):
-                time.sleep(rng.uniform(0, seconds / 2))
-                if process.poll() is not None or kills == 20:
-                    break
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
-                assert common.load_checkpoint(name)["method"] == "cause"
-                process = start("cause", "--resume", name)
-            assert process.wait(300) == 0, process.stdout.read()
-            same_run(tmp / "whole", name)
+    for method in METHODS:
+        options = "--smoke --steps 30 --save-every 1 --out"
+        with folder() as tmp:
+            begin = time.time()
+            whole = start(method, options, tmp / "whole")
+            text = whole.communicate(timeout=300)[0]
+            assert whole.returncode == 0, text
+            seconds, number = time.time() - begin, 0
+            while number < 4:
+                name = tmp / f"killed{number}"
+                process = start(method, options, name)
+                while number < 4:
+                    while not (name / "last.pt").exists() and process.poll() is None:
+                        time.sleep(0.01)
+                    time.sleep(rng.uniform(0, seconds / 2))
+                    if process.poll() is not None:
+                        break
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+                    number += 1
+                    assert common.load_checkpoint(name)["method"] == method
+                    process = start(method, "--resume", name)
+                text = process.communicate(timeout=300)[0]
+                assert process.returncode == 0, text
+                same_run(tmp / "whole", name)
+            kills += number
+    assert kills == 20
 
 
 def test_stress_fifty_kills_while_saving():
     code = ("import common, itertools, sys, torch; from pathlib import Path\n"
             "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'phase': 0, 'step': i, "
-            "'state': {}, 'rng': [], 'model': torch.full((500000,), i)}, Path(sys.argv[1]) / 'last.pt')")
+            "'state': {}, 'rng': [], 'model': {'x': torch.full((500000,), i)}}, "
+            "Path(sys.argv[1], 'last.pt'))")
     rng = np.random.RandomState(1)
     with folder() as tmp:
         for _ in range(50):
@@ -2429,7 +2439,7 @@ def test_stress_fifty_kills_while_saving():
             process.kill()
             process.wait()
             content = common.load_checkpoint(tmp)
-            assert (content["model"] == content["step"]).all()
+            assert (content["model"]["x"] == content["step"]).all()
 
 
 def test_stress_signals_finish_the_step_and_say_how_to_resume():
@@ -2461,6 +2471,357 @@ def test_stress_two_and_four_processes_equal_one():
             for n in (2, 4):
                 worst = (found[1] - found[n]).norm() / found[1].norm()
                 assert worst < 1e-5, f"{method}, {n} processes: the weights differ by {worst:.2g}"
+
+
+QUICK = "--smoke --workers 0 --steps 3 --size 48 --eval-size 48".split()
+MORE = {"cause": "--codebook-size 48 --codebook-steps 2 --probe-steps 2", "san": "--layers 1",
+        "vice": "--depth 2 --views 2 --view-size 32 --prototypes 8 --code-dim 16 --filters 9"}
+
+
+def train(method, *options):
+    """A few quick steps -> (exit code, what it printed)."""
+    return run(method, *QUICK, *MORE.get(method, "").split(), *options)
+
+
+def evaluate(*words):
+    """eval.py as from the command line, errors included -> exit code, what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            code = eval_.run(eval_.arguments().parse_args([str(word) for word in words]))
+        except (ValueError, OSError, ArithmeticError) as error:
+            code = common.report(error)
+    return code, out.getvalue()
+
+
+def expect(found, code, *words):
+    """The exit code, no traceback, one line of error where there is one, and these words in the text."""
+    text = re.sub(r"\r *", "\n", found[1])                        # progress bars
+    assert found[0] == code and "Traceback" not in text, f"exit code {found[0]}, not {code}: {text[-1500:]}"
+    assert len(re.findall("^error: ", text, re.M)) == (code == 2), text[-1500:]
+    assert code != 2 or text.strip().splitlines()[-1].startswith("error: "), text[-1500:]
+    missing = [word for word in words if str(word) not in text]
+    assert not missing, f"{missing} is not in: {text[-1500:]}"
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that declares this size."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + \
+        chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+# names with blanks, umlauts, a line break, and bytes that are no UTF-8
+STRANGE = ["with space.jpg", "ä ö ü ß.png", "line\nbreak.png", os.fsdecode(b"latin \xfc.png")]
+SOUND = {"dot.png": (1, 1), "tall.png": (3, 5000), "wide.png": (5000, 3), "black.png": (50, 40),
+         "cmyk.jpg": (80, 60), "deep.png": (80, 60), "film.gif": (80, 60), "turned.jpg": (60, 80),
+         "palette.png": (80, 60), "inside.jpg/one.png": (80, 60), **dict.fromkeys(STRANGE, (80, 60))}
+CUT = ["cut.jpg", "cut\ntoo.jpg"]                                 # the header is whole, the pixels are not
+BROKEN = ["text.jpg", "empty.png", "dead link.jpg", "bomb.png", "text\nbreak.jpg"]
+
+
+def write_odd(root):
+    """Images of every odd kind -> their folder. SOUND can be read, CUT and BROKEN cannot."""
+    (root / "inside.jpg").mkdir(parents=True)                     # a directory with an image's name
+    photo, turned, whole = Image.fromarray(ramp(60, 80)), Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    for name in ("dot.png", "tall.png", "wide.png"):
+        photo.resize(SOUND[name]).save(root / name)
+    Image.new("RGB", (50, 40)).save(root / "black.png")
+    photo.convert("CMYK").save(root / "cmyk.jpg")
+    Image.fromarray(np.asarray(photo)[..., 0].astype(np.uint16) * 257).save(root / "deep.png")
+    photo.save(root / "film.gif", save_all=True, append_images=[photo.rotate(90)])
+    photo.save(root / "turned.jpg", exif=turned)
+    photo.quantize(8).save(root / "palette.png", transparency=0)
+    for name in ("inside.jpg/one.png", *STRANGE):
+        photo.save(root / name)
+    photo.save(whole, "jpeg")
+    for k, name in enumerate(CUT):
+        (root / name).write_bytes(whole.getvalue()[:-90 - k])
+    for name in ("text.jpg", "text\nbreak.jpg"):
+        (root / name).write_text("this is no image")
+    (root / "empty.png").touch(), (root / "dead link.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "bomb.png").write_bytes(png_header(60000, 60000))
+    os.mkfifo(root / "pipe.jpg")                                  # opened, it would wait for ever
+    return root
+
+
+def test_stress_tiny_data_sets():
+    """1, 2, 3, 5 and 17 images, with and without labels; labels for few; every run is scored once more."""
+    cases = 0
+    for method in METHODS:
+        for n, labels in ((1, None), (1, "real"), (2, None), (3, "real"), (5, None), (17, None)):
+            with folder() as tmp:
+                photos = write_scenes(tmp / "set", n, labels=labels)
+                found = train(method, "--data", photos, "--out", tmp / "run")
+                expect(found, 0, f"set val, {max(1, n // 10)} images", "scores.json",
+                       "mIoU" if labels else "no labels, hence no scores")
+                assert all(x.isfinite().all() for x in weights(tmp / "run").values())
+                expect(evaluate(tmp / "run", "--split", "all"), 0, f"set all, {n} images")
+                cases += 2
+        with folder() as tmp:                                     # no pixel of val has a label
+            photos = write_scenes(tmp / "set", 3)
+            (photos / "val.txt").write_text("\ufeffphotos/2.png\n", "utf-8")
+            (photos / "labels/photos/2.png").unlink()
+            expect(train(method, "--data", photos, "--out", tmp / "run"), 0, "2 of 3 images have a label")
+            assert json.loads((tmp / "run/scores.json").read_text())["cluster"]["miou"] is None
+            expect(evaluate(tmp / "run"), 0, "set val, 1 images")
+            cases += 2
+    assert cases == 5 * 14
+
+
+def test_stress_odd_images_in_training():
+    """Odd images train, unreadable ones are named and replaced, with loader processes and a cache too."""
+    cases = 0
+    with folder() as tmp:
+        root, methods = write_odd(tmp / "odd"), [*METHODS]
+        (root / "val.txt").write_text("black.png\nturned.jpg\ndot.png\nwide.png\n")
+        ways = [[m] for m in methods] + [["stego", "--workers", 2]]
+        ways += [[m, "--cache-features", to] for m in ("stego", "cause") for to in ("ram", tmp / "cache")]
+        ways += [["cause", "--cache-features", tmp / "cache"], ["hp", "--consistency 0 --cache-features ram"]]
+        ways += [["cause", "--crops", 5], ["stego", "--protocol", "squash"]]
+        for k, way in enumerate(ways):
+            steps = 16 if "--crops" in way else 7 if way[0] == "vice" else 4        # once through the images
+            found = train(*way, "--data", root, "--out", tmp / str(k), "--steps", steps)
+            expect(found, 0, f"unreadable: {len(BROKEN)}, first {root / 'bomb.png'}: DecompressionBomb")
+            for name in CUT:                                      # one line for each, the line break shown
+                name = str(root / name).replace("\n", "\\n")
+                assert found[1].count(f"skipped an unreadable image: {name}: ") == 1, found
+            assert all(x.isfinite().all() for x in weights(tmp / str(k)).values())
+            cases += 1
+        (root / "val.txt").write_text("\n".join(["black.png", "cut.jpg"]))
+        for method in methods:                                    # a val image that cannot be read: listed
+            found = train(method, "--data", root, "--out", tmp / method)
+            expect(found, 1, f"not scored: {root}/cut.jpg: OSError: image file is truncated", "val, 1 images")
+            expect(evaluate(tmp / method), 1, f"not scored: {root}/cut.jpg: ")
+            cases += 2
+    for method in methods:
+        with folder() as tmp:
+            (tmp / "set").mkdir()
+            for k, content in enumerate((b"no image", b"", png_header(60000, 60000))):
+                (tmp / f"set/{k}.png").write_bytes(content)
+            found = train(method, "--data", tmp / "set", "--out", tmp / "run")
+            expect(found, 2, "no image in", "3 unreadable")
+            photos = write_scenes(tmp / "labelled", 3)
+            for label in (b"no label", b"", png_header(60000, 60000)):
+                (photos / "labels/photos/1.png").write_bytes(label)
+                found = train(method, "--data", photos, "--out", tmp / "run")
+                expect(found, 2, "label", "photos/1.png cannot be read")
+            (photos / "classes.txt").write_bytes("Häuser\n".encode("latin-1"))
+            (photos / "labels/photos/1.png").unlink()
+            expect(train(method, "--data", photos, "--out", tmp / "run"), 2, "classes.txt is not UTF-8")
+            assert not (tmp / "run").exists()
+            cases += 5
+    with folder() as tmp:                                         # images of several shapes in one batch
+        for k, way in enumerate(([m, "--workers", w] for m in ("stego", "hp", "cause") for w in (0, 2))):
+            found = train(*way, "--data", write_odd(tmp / f"odd{k}"), "--protocol whole --out", tmp / "whole")
+            expect(found, 2, "cannot share a batch; --protocol")
+            cases += 1
+    assert cases == 14 + 10 + 25 + 6
+
+
+def test_stress_odd_images_in_segmentation():
+    """eval.py RUN --images: a result of the right size for each sound image, a line for each other."""
+    cases = 0
+    with folder() as tmp:
+        root, unreadable = write_odd(tmp / "odd"), BROKEN + CUT
+        for method in METHODS:
+            photos, out = write_scenes(tmp / "set", 2, labels=None), tmp / f"out {method}"
+            expect(train(method, "--data", photos, "--out", tmp / method), 0)
+            found = evaluate(tmp / method, "--images", root, "--out", out)
+            expect(found, 1, f"segmented {len(SOUND)} of {len(SOUND) + len(unreadable)} images")
+            lines = re.findall("not segmented: .*", found[1])
+            assert len(lines) == len(unreadable), found[1]
+            for name in unreadable:
+                assert any(str(root / name).replace("\n", "\\n") + ": " in line for line in lines), name
+            written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+            sizes = {os.path.splitext(name)[0] + end: size for name, size in SOUND.items()
+                     for end in (".png", "_overlay.png")}
+            assert written == {*sizes, "legend.png", "legend.txt"}
+            for name, size in sizes.items():
+                assert Image.open(out / name).size == size, name
+            cases += len(SOUND) + len(unreadable)
+            before = sorted(os.listdir(root))
+            expect(evaluate(tmp / method, "--images", root / "deep.png", "--out", root), 2, "over an input")
+            expect(evaluate(tmp / method, "--images", root / "gone.png", "--out", out), 2, "does not exist")
+            expect(evaluate(tmp / method, "--images", *(root / n for n in CUT), "--out", tmp / "none"), 1)
+            assert sorted(os.listdir(root)) == before
+            cases += 3
+        Image.new("RGB", (8000, 8000), "teal").save(tmp / "huge.png")
+        found = evaluate(tmp / "stego", "--images", tmp / "huge.png", "--out", tmp / "h")
+        expect(found, 0, "segmented 1 of 1")
+        assert Image.open(tmp / "h/huge.png").size == (8000, 8000)
+        (tmp / "stego/scores.json").write_text("")
+        found = evaluate(tmp / "stego", "--images", root / "deep.png", "--out", tmp / "h")
+        expect(found, 2, "scores.json is damaged")
+        cases += 2
+    assert cases == 5 * 24 + 2
+
+
+def test_stress_files_that_vanish():
+    """Files deleted after listing, and amid training: told and replaced; nothing of a run is lost."""
+    cases, load = 0, data.load
+    for method in METHODS:
+        with folder() as tmp:
+            def then_delete(*args, **more):                       # after the listing of val, the last one
+                images = load(*args, **more)
+                if images.split == "val":
+                    [Path(path).unlink() for path in gone if Path(path).exists()]
+                return images
+
+            photos = write_scenes(tmp / "set", 6, labels=None)
+            (photos / "val.txt").write_text("photos/4.png\nphotos/5.png\n")
+            kept = {path: path.read_bytes() for path in (photos / "photos").iterdir()}
+            for numbers, code, words in (((1, 4), 1, f"not scored: {photos}/photos/4.png: FileNotFoundError"),
+                                         ((0, 1, 2, 3), 2, "no image"), (range(6), 2, "no image")):
+                gone = [f"{photos}/photos/{k}.png" for k in numbers]
+                with mock.patch.object(data, "load", then_delete):
+                    found = train(method, "--data", photos, "--out", tmp / f"run{len(gone)}", "--steps", 6)
+                expect(found, code, words)                        # ViCE lists once more, sees what is left
+                assert code == 2 or method == "vice" or f"unreadable image: {photos}/photos/1.png" in found[1]
+                [path.write_bytes(content) for path, content in kept.items()]
+                cases += 1
+            finite, calls = common.Run.finite, 0
+
+            def deletes(*args, **more):
+                nonlocal calls
+                calls += 1
+                [path.unlink() for path in kept if calls == 3]
+                return finite(*args, **more)
+
+            with mock.patch.object(common.Run, "finite", deletes):
+                found = train(method, "--data", photos, "--out", tmp / "cut", "--steps", 6, "--save-every", 2)
+            expect(found, 2, "no image could be read; the last one: ", "FileNotFoundError")
+            assert common.load_checkpoint(tmp / "cut")["method"] == method
+            [path.write_bytes(content) for path, content in kept.items()]
+            expect(run(method, "--resume", tmp / "cut"), 0, "set val, 2 images")
+            expect(train(method, "--data", photos, "--out", tmp / "w", "--steps", 6, "--save-every", 2), 0)
+            a, b = weights(tmp / "cut"), weights(tmp / "w")
+            assert all(torch.equal(a[k], b[k]) for k in b), f"{method}: other weights after the resumption"
+            cases += 3
+            shutil.rmtree(photos)
+            expect(evaluate(tmp / "cut"), 2, "no directory")
+            cases += 1
+    assert cases == 5 * 7
+
+
+def test_stress_hostile_runs():
+    """Damaged and hostile run folders and weights: one line, exit code 2, nothing run or overwritten."""
+    cases = 0
+    with folder() as tmp:
+        expect(train("cause", "--data", write_scenes(tmp / "set", 3), "--out", tmp / "run"), 0)
+        good = torch.load(tmp / "run/last.pt", weights_only=True)
+        centres = good["model"]["cluster.clusters"]
+
+        def refused(content, resume=True, score=True, name="last.pt"):
+            nonlocal cases
+            shutil.rmtree(tmp / "bad", ignore_errors=True)
+            shutil.copytree(tmp / "run", tmp / "bad")
+            if isinstance(content, bytes):
+                (tmp / "bad" / name).write_bytes(content)
+            else:
+                torch.save(content, tmp / "bad" / name)
+            before = (tmp / "bad/last.pt").read_bytes()
+            for wanted, call in ((score, lambda: evaluate(tmp / "bad")),
+                                 (resume, lambda: run("cause", "--resume", tmp / "bad"))):
+                if wanted:
+                    expect(call(), 2)
+                    assert (tmp / "bad/last.pt").read_bytes() == before
+                    cases += 1
+
+        cut = (tmp / "run/last.pt").read_bytes()[:5000]
+        for content in (b"", b"no checkpoint", cut, Attack(f"{tmp}/hit"), [1]):
+            refused(content)
+        for key, kinds in (("args", ([1], Attack(f"{tmp}/hit"))), ("model", ([1], 7)), ("state", ([1], None)),
+                           ("phase", ("x", None)), ("step", ("x", [1])), ("rng", (7,)),
+                           ("method", (["cause"], "vice"))):
+            for value in kinds:
+                refused({**good, key: value})
+        for value in (None, 7, centres.half(), centres[:2], centres.to_sparse(), centres.to("meta")):
+            bad = copy.deepcopy({k: good[k] for k in good if k != "state"})
+            bad["model"]["cluster.clusters"] = value
+            refused({**bad, "state": {**good["state"], "model": bad["model"]}})
+        refused({**good, "model": {1: centres}}, resume=False)
+        for key, value in (("arch", 7), ("code_dim", -1), ("code_dim", "x"), ("code_dim", 10**12),
+                           ("clusters", 5)):
+            refused({**good, "args": {**good["args"], key: value}}, resume=False)
+        refused({**good, "args": {}}, resume=False)
+        for key, value in (("optimizer", {"a": 1}), ("optimizer", 7), ("optimizer", None), ("model", 7),
+                           ("bank", {})):
+            refused({**good, "state": {**good["state"], key: value}}, score=False)
+        refused({**good, "state": {k: v for k, v in good["state"].items() if k != "model"}}, score=False)
+        for value in ([], [torch.zeros(3)], ["x"]):
+            refused({**good, "rng": value}, score=False)
+        for content in (b"", b"[]", b"\xff"):
+            refused(content, name="args.json", score=False)
+        for content in (b"", b"[]", b"\xff"):
+            refused(content, name="scores.json", resume=False)
+        for content in (b'{"number": 0, "st', b"\xff\n", b"{}\n7\n"):  # a log that was cut off: goes on
+            (tmp / "run/log.jsonl").write_bytes(content)
+            expect(run("cause", "--resume", tmp / "run"), 0)
+            cases += 1
+        state = common.build("vits16").state_dict()
+        first, file = "blocks.0.attn.qkv.weight", tmp / "w.pth"
+        for content in (b"", b"no weights", Attack(f"{tmp}/hit"), {}, [1], {**state, first: state[first][:9]},
+                        {**state, first: state[first].long()}, {**state, first: state[first] / 0},
+                        {k: v for k, v in state.items() if k != first},
+                        {**state, first: Attack(f"{tmp}/hit")}):
+            file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+            for method in ("stego", "hp", "cause"):
+                found = run(method, "--smoke", "--arch", "vits16", "--weights", file, "--out", tmp / "new")
+                expect(found, 2, "w.pth")
+                cases += 1
+        for method in ("stego", "hp", "cause", "vice"):
+            arch = "resnet18" if method == "vice" else "vits16"
+            expect(run(method, "--smoke", "--arch", arch, "--weights", tmp, "--out", tmp / "new"), 2, tmp)
+            cases += 1
+        expect(evaluate(tmp), 2, "no trained run"), expect(run("cause", "--resume", tmp), 2, "args.json")
+        assert not (tmp / "hit").exists() and not (tmp / "new").exists()
+    assert cases == 2 * 24 + 7 + 9 + 3 + 3 + 3 + 30 + 4, cases
+
+
+def test_stress_hostile_archives():
+    """Members that stand for the folder itself, damage behind the last one, encryption: one line, no file."""
+    cases = 0
+    with tempfile.TemporaryDirectory() as name:
+        tmp, noise = Path(name), np.random.RandomState(0).bytes(200_000)
+        box = tmp / "box/inside"
+        for member in (".", "", "ok/..", "ok/../.", "/", "../inside.part", "ok/../../x", str(tmp / "x")):
+            for kind in (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+                with tarfile.open(tmp / "a.tar", "w") as tar:
+                    for at in ("ok/first", member):
+                        info = tarfile.TarInfo(at)
+                        info.type = tarfile.REGTYPE if at == "ok/first" else kind
+                        info.linkname = "" if at == "ok/first" else "/etc/passwd"
+                        info.size = 2 * info.isreg()
+                        tar.addfile(info, io.BytesIO(b"ok"))
+                box.mkdir(parents=True, exist_ok=True)
+                refuses(ValueError, "nothing was unpacked", data.extract, tmp / "a.tar", box)
+                assert not [path for path in box.parent.rglob("*") if path.is_file()]
+                cases += 1
+        for kind in ("gz", "xz", "bz2"):
+            with tarfile.open(tmp / f"a.tar.{kind}", f"w:{kind}") as tar:
+                info = tarfile.TarInfo("noise")
+                info.size = len(noise)
+                tar.addfile(info, io.BytesIO(noise))
+            raw = bytearray((tmp / f"a.tar.{kind}").read_bytes())
+            raw[90_000:90_050] = bytes(50)
+            (tmp / f"a.tar.{kind}").write_bytes(raw)
+            refuses(OSError, "", data.extract, tmp / f"a.tar.{kind}", box)
+            cases += 1
+        with zipfile.ZipFile(tmp / "a.zip", "w") as content:
+            content.writestr("a.txt", "secret" * 9)
+        whole = (tmp / "a.zip").read_bytes()
+        listed = whole.find(b"PK\x01\x02")
+        for local, central, value in ((6, 8, 1), (8, 10, 99), (40, 40, 7)):   # encrypted, unknown, damaged
+            raw = bytearray(whole)
+            raw[local], raw[listed + central if local != central else local] = value, value
+            (tmp / "a.zip").write_bytes(raw)
+            refuses(OSError, "cannot be unpacked", data.extract, tmp / "a.zip", box)
+            assert not (box / "a.txt").exists()
+            cases += 1
+    assert cases == 24 + 3 + 3
 
 
 # ---------------------------------------------------------------- the README and the files as they stand
