@@ -818,7 +818,8 @@ def score_run(folder, options, device):
     before = saved_scores(Path(folder) / "scores.json")
     if before.get("kmeans") and not prefix:  # measured when training ended
         shown["kmeans"] = {key: torch.from_numpy(np.array([math.nan if x is None else x for x in value]))
-                           if isinstance(value, list) else value for key, value in before["kmeans"].items()}
+                           if isinstance(value, list) else math.nan if value is None else value
+                           for key, value in before["kmeans"].items()}
     named = report(Path(folder), model, val, device, result, shown, prefix, seconds=before.get("seconds"))
     return args, shown, 1 if result["failed"] else 0, (model, val, named)
 
