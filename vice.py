@@ -615,9 +615,11 @@ def train(args):
         run.mark("backward and optimizer")
     if args.bench:
         return 0
+    untrained = start(args).to(run.device).eval()              # the same network before its first step
+    if model.linear:                                           # a run resumed after its fit begins it again
+        model.linear.load_state_dict(untrained.linear.state_dict())
     fit_probes(model, fit, args)
     run.save()
-    untrained = start(args).to(run.device).eval()              # the same network before its first step
     code = eval.finish(run, model, fit, val, encode=untrained)
     if val.classes:
         fit_probes(untrained, fit, args)
