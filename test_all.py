@@ -2616,7 +2616,8 @@ def test_stress_odd_images_in_training():
             cases += 5
     with folder() as tmp:                                         # images of several shapes in one batch
         for k, way in enumerate(([m, "--workers", w] for m in ("stego", "hp", "cause") for w in (0, 2))):
-            found = train(*way, "--data", write_odd(tmp / f"odd{k}"), "--protocol whole --out", tmp / f"whole{k}")
+            photos = write_odd(tmp / f"odd{k}")
+            found = train(*way, "--data", photos, "--protocol whole --out", tmp / f"whole{k}")
             expect(found, 2, "cannot share a batch; --protocol")
             cases += 1
     assert cases == 14 + 10 + 25 + 6
