@@ -218,13 +218,12 @@ def quantize(features, codebook):
 def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=None,
                      tau=0.07, positive=0.3, negative=0.1):
     """Concept-wise contrastive loss (eq. 4): tokens whose codes are alike attract, tokens with unlike codes
-    repel.
+    repel. To read and to copy; `train` adds up the same from `batch_term` and `Bank.loss`.
 
     codes (B,n) indices, student and teacher (B,n,R) projections, similarity (K,K) code-code cosines;
     bank_codes (m,), bank (m,R) past teacher projections -> scalar: the mean over images of the in-batch term
     and, with a bank, of the bank term. Each is normalised on its own, as in the published code; the paper
-    joins their keys. An image without a positive pair adds no term. Training computes the bank term by
-    `Bank.loss`, the same value for a fifth of the work.
+    joins their keys. An image without a positive pair adds no term. `Bank.loss` takes a fifth of the work.
     """
     total, images = batch_term(codes, student, teacher, similarity, tau, positive, negative)
     if bank is not None and len(bank):
@@ -327,6 +326,40 @@ class Bank(nn.Module):
         return _BankTerm.apply(F.pad(y, (0, spare)), folded, self.scale > 0, s > positive, s < negative)
 
 
+@torch.no_grad()
+def update_teacher(model, momentum=0.99):
+    """teacher <- 0.99 teacher + 0.01 student, after every optimiser step."""
+    for teacher, student in ((model.teacher, model.student), (model.teacher_projection, model.projection)):
+        for t, s in zip(teacher.parameters(), student.parameters()):
+            t.lerp_(s, 1 - momentum)
+
+
+def grid_choice(B, h, w, k, device=None):
+    """One random token from every k x k window: flat indices (B,n), n = (h//k)(w//k); a rest at the edge is
+    left out."""
+    k = min(k, h, w)
+    rows, columns = h // k, w // k
+    inside = (common.rand_rows(B, rows * columns, device=device) * k * k).long()               # (B,n)
+    return grid_positions(inside, h, w, k)
+
+
+def grid_positions(inside, h, w, k):
+    """Choice (B,n) of 0..k*k-1 inside each window, windows row by row -> flat token index (B,n).
+
+    >>> grid_positions(torch.tensor([[0, 3]]), h=2, w=4, k=2)        # first and last place of two 2x2 windows
+    tensor([[0, 7]])
+    """
+    window = torch.arange(inside.shape[1], device=inside.device)
+    y = window // (w // k) * k + inside // k
+    x = window % (w // k) * k + inside % k
+    return y * w + x
+
+
+def take(tokens, index):
+    """tokens (B,N,D), index (B,n) -> (B,n,D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+
+
 class _BankTerm(torch.autograd.Function):
     """Bank term of eq. 4 and its gradient in closed form: nothing of (B,n,K*S) is kept for the backward pass.
 
@@ -371,40 +404,6 @@ class _BankTerm(torch.autograd.Function):
     def backward(ctx, gradient, _):
         grad_y, grad_folded = ctx.saved_tensors
         return grad_y * gradient, grad_folded * gradient, None, None, None
-
-
-@torch.no_grad()
-def update_teacher(model, momentum=0.99):
-    """teacher <- 0.99 teacher + 0.01 student, after every optimiser step."""
-    for teacher, student in ((model.teacher, model.student), (model.teacher_projection, model.projection)):
-        for t, s in zip(teacher.parameters(), student.parameters()):
-            t.lerp_(s, 1 - momentum)
-
-
-def grid_choice(B, h, w, k, device=None):
-    """One random token from every k x k window: flat indices (B,n), n = (h//k)(w//k); a rest at the edge is
-    left out."""
-    k = min(k, h, w)
-    rows, columns = h // k, w // k
-    inside = (common.rand_rows(B, rows * columns, device=device) * k * k).long()               # (B,n)
-    return grid_positions(inside, h, w, k)
-
-
-def grid_positions(inside, h, w, k):
-    """Choice (B,n) of 0..k*k-1 inside each window, windows row by row -> flat token index (B,n).
-
-    >>> grid_positions(torch.tensor([[0, 3]]), h=2, w=4, k=2)        # first and last place of two 2x2 windows
-    tensor([[0, 7]])
-    """
-    window = torch.arange(inside.shape[1], device=inside.device)
-    y = window // (w // k) * k + inside // k
-    x = window % (w // k) * k + inside % k
-    return y * w + x
-
-
-def take(tokens, index):
-    """tokens (B,N,D), index (B,n) -> (B,n,D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 # ---------------------------------------------------------------- training

@@ -316,8 +316,8 @@ def order(n, batch, start, steps, seed):
 
 
 def quiet_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):                # sent to the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Run:

@@ -89,7 +89,13 @@ def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
 
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored; extra clusters are
-    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters)."""
+    kept. Raises ValueError for other shapes, or a prediction outside [0,clusters).
+
+    Two clusters, two classes, four pixels, of which the last has no label:
+    >>> confusion_matrix(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, -1]), clusters=2, classes=2)
+    tensor([[0, 1],
+            [2, 0]])
+    """
     if pred.shape != label.shape:
         raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: expected one shape")
     valid = (label >= 0) & (label < classes)
@@ -104,7 +110,10 @@ def confusion_matrix(pred, label, clusters, classes):
 def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
 
-    The one-to-one matching with the largest number of matched pixels."""
+    The one-to-one matching with the largest number of matched pixels; one of three clusters is left over:
+    >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
+    tensor([ 1,  0, -1])
+    """
     rows, columns = linear_sum_assignment(confusion.cpu().numpy(), maximize=True)
     assignment = torch.full((len(confusion),), -1)
     assignment[torch.from_numpy(rows)] = torch.from_numpy(columns)
@@ -128,7 +137,12 @@ def scores(confusion):
 
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither prediction nor
     labels (iou) or never predicted (precision); pixels (classes,) int64. miou is the mean over the classes
-    that have an IoU."""
+    that have an IoU.
+
+    >>> found = scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))       # the third class occurs nowhere
+    >>> found["iou"].tolist(), found["miou"], found["accuracy"]
+    ([0.75, 0.8, nan], 0.775, 0.875)
+    """
     counts = confusion.cpu().double()
     classes = counts.shape[1]
     right, pixels, predicted = counts.diagonal(), counts.sum(0), counts.sum(1)[:classes]
@@ -772,6 +786,9 @@ def load_run(folder, device="cpu", root=None, weights=None):
         raise ValueError(f"{folder}/last.pt: its options make no model of {checkpoint['method']}.py "
                          f"({data.describe(error)}); it is damaged or not ours") from None
     common.load_trained(model, checkpoint["model"], Path(folder) / "last.pt")
+    if checkpoint["state"] and not (Path(folder) / "scores.json").exists():
+        data.say(f"{folder} has not been trained to its end, its clusters are not final; go on with: "
+                 f"python {checkpoint['method']}.py --resume {folder}")
     return model.to(device).eval(), args, checkpoint
 
 

@@ -11,6 +11,7 @@ import ast
 import collections
 import contextlib
 import copy
+import doctest
 import hashlib
 import http.server
 import inspect
@@ -2890,6 +2891,15 @@ def test_files_keep_to_the_rules():
         if path.stem in METHODS:
             sections = re.findall(r"^# -{10,} (\w+(?: \w+)?)", text, re.M)
             assert [s for s in sections if s in order] == order, f"{path.name}: {sections}"
+            lines, readme = len(text.splitlines()), (HERE / "README.md").read_text()
+            assert re.search(rf"^\| `{path.name}` .* {lines} \|", readme, re.M), f"{path.name}: {lines} lines"
+
+
+def test_examples_in_docstrings_are_true():
+    modules = [*METHODS.values(), common, data, eval_, crf]
+    found = {module.__name__: doctest.testmod(module) for module in modules}
+    assert sum(result.attempted for result in found.values()) >= 10
+    assert not any(result.failed for result in found.values()), found
 
 
 def test_copies_are_identical():
