@@ -316,7 +316,7 @@ def order(n, batch, start, steps, seed):
 
 
 def quiet_worker(_):
-    for number in (signal.SIGINT, signal.SIGTERM):                # sent to the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):                # sent to the whole group: the parent acts
         signal.signal(number, signal.SIG_IGN)
 
 
