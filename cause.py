@@ -530,7 +530,7 @@ PRESETS = {      # steps as one of four unsynchronised processes took them: epoc
     "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=200, codebook_steps=400, probe_steps=50,
                    probe="kmeans", lr=1e-3, codes=64, bank_slots=50, window=2, projection_dim=512),
     # at 1e-3 the clusters of TR vary by ten points
-    "scenes+tr": dict(steps=100, codebook_steps=800, lr=1e-4),
+    "scenes+tr": dict(codebook_steps=800, lr=1e-4),
     # 367 photos: a smaller codebook and bank, which two CPU cores can carry
     "camvid": dict(eval_size=224, steps=300, codebook_steps=150, probe_steps=150, probe="kmeans", codes=256,
                    bank_slots=50, window=2, projection_dim=512, lr=1e-3),
