@@ -10,8 +10,8 @@ No label reaches codebook, head or clusters. The published third step trains the
     python cause.py --head tr --data coco27 --root data/cocostuff --arch vitb8   # paper: 41.9 mIoU, not run
     python eval.py runs/cause-scenes-dct8-0 --images photos --out segmented
 
-The first gives 43.8 +- 0.2 mIoU, with --head tr 41.1 +- 1.1, K-means on the raw features 40.1 (seeds 0, 1, 2;
-35 s and 66 s on one thread of a CPU, torch 2.15).
+The first gives 43.8 +- 0.2 mIoU, with --head tr 43.1 +- 2.1, K-means on the raw features 40.1 (seeds 0, 1, 2;
+38 s and 46 s on one thread of a CPU, torch 2.15).
 """
 import common                                              # first: it answers --help before torch is loaded
 import copy
