@@ -276,7 +276,6 @@ class Bank(nn.Module):
     def __init__(self, codes, slots, width):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(codes, slots, width))
-        self.register_buffer("scale", torch.zeros(codes, slots))              # 1 / length; 0 in an empty slot
         self.register_buffer("added", torch.zeros(codes, dtype=torch.int64))  # tokens ever added to each code
 
     @torch.no_grad()
@@ -293,7 +292,6 @@ class Bank(nn.Module):
         kept = (at < half) & (at >= half - S)
         c, slot = by_code[kept], (self.added[by_code[kept]] + at[kept]) % S
         self.vectors[c, slot] = projections[token[kept]]
-        self.scale[c, slot] = 1 / projections[token[kept]].norm(dim=-1).clamp(min=1e-12)
         self.added += number // 2
 
     @property
@@ -321,9 +319,10 @@ class Bank(nn.Module):
         weight = torch.cat([projection.weight.T, projection.bias[None]])                       # (r+1,R)
         spare = -len(weight) % 16                               # zeros: products of aligned rows are faster
         folded = F.linear(self.vectors.flatten(0, 1), F.pad(weight, (0, 0, 0, spare)))         # (K*S,r+1)
-        folded = folded * self.scale.flatten()[:, None]
+        valid = torch.arange(self.vectors.shape[1], device=codes.device) < self.count[:, None]  # (K,S)
+        folded = folded * (valid / self.vectors.norm(dim=-1).clamp(min=1e-12)).flatten()[:, None]
         s = similarity[codes]                                                                  # looked up
-        return _BankTerm.apply(F.pad(y, (0, spare)), folded, self.scale > 0, s > positive, s < negative)
+        return _BankTerm.apply(F.pad(y, (0, spare)), folded, valid, s > positive, s < negative)
 
 
 @torch.no_grad()
@@ -395,7 +394,7 @@ class _BankTerm(torch.autograd.Function):
             grad_y[b] = (grad @ folded - pos @ by_code).view_as(y[b])
             grad_folded.addmm_(grad.T, anchors)
             grad_by_code.addmm_(pos.T, anchors)
-        grad_folded.view(K, S, -1).sub_(grad_by_code[:, None])  # at empty slots too, which `scale` takes out
+        grad_folded.view(K, S, -1).sub_(grad_by_code[:, None])  # at empty slots too: scaled by 0 before
         ctx.save_for_backward(grad_y, grad_folded)
         ctx.mark_non_differentiable(images)
         return total, images
@@ -444,7 +443,6 @@ def train(args):
     bank = Bank(args.codes, args.bank_slots, args.projection_dim).to(run.device)
     if args.bench:  # a full bank is what a step costs most of the time
         bank.vectors.normal_()
-        bank.scale.fill_(args.projection_dim ** -0.5)
         bank.added.fill_(args.bank_slots)
     trained = [*model.student.parameters(), *model.projection.parameters()]
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay)

@@ -277,8 +277,9 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None):
     flip, tile: see `encode`. crf: the fully connected CRF on log-softmax(alpha * cosine), with the model's
     alpha, and on log-softmax(logits), as published."""
     size = tuple(size or images.shape[-2:])
-    shape = images.shape[-2:], padded(images, patch_of(model)).shape[-2:]
-    code = encode(model, images, flip, tile)                                                  # (B,K,h,w)
+    large = padded(images, patch_of(model))
+    shape = images.shape[-2:], large.shape[-2:]
+    code = encode(model, large, flip, tile)                                                   # (B,K,h,w)
     maps = {"cluster": torch.einsum("bkhw,ck->bchw", code, F.normalize(model.cluster.clusters, dim=1))}
     if model.linear is not None:
         maps["linear"] = model.linear(code)

@@ -2787,9 +2787,8 @@ def test_stress_hostile_runs():
 def test_stress_hostile_archives():
     """Members that stand for the folder itself, damage behind the last one, encryption: one line, no file."""
     cases = 0
-    with tempfile.TemporaryDirectory() as name:
-        tmp, noise = Path(name), np.random.RandomState(0).bytes(200_000)
-        box = tmp / "box/inside"
+    with folder() as tmp:
+        box, noise = tmp / "box/inside", np.random.RandomState(0).bytes(200_000)
         for member in (".", "", "ok/..", "ok/../.", "/", "../inside.part", "ok/../../x", str(tmp / "x")):
             for kind in (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
                 with tarfile.open(tmp / "a.tar", "w") as tar:

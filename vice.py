@@ -11,9 +11,9 @@ on its embeddings. No label reaches the CNN, and with --weights none nothing is 
     python vice.py --data coco27 --root data/cocostuff    # paper: 12 to 25 mIoU, not run here
 
 Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network, untrained). Scenes,
-seeds 0 to 2: clusters 36.5 +- 4.2 (before 21.1), linear model 68.7 +- 2.5 (before 61.7). CamVid, three stages
-of an ImageNet-supervised ResNet-18, seed 0, three minutes: clusters 22.1 (before 17.3), linear model 32.7
-(before 38.1: so short a training costs what ImageNet's labels had taught).
+seeds 0 to 2: clusters 36.6 +- 4.2 (before 21.1), linear model 68.7 +- 2.4 (before 61.7). CamVid, three stages
+of an ImageNet-supervised ResNet-18, seeds 0 to 2: clusters 21.9 +- 0.8 (before 16.7), linear 32.6 +- 0.1
+(before 37.4: so short a training costs what ImageNet's labels had taught).
 """
 import common  # isort: skip  (first: it answers --help before torch is loaded)
 
@@ -697,8 +697,7 @@ PRESETS = {      # lr: published 0.0025 x images per step, for thousands of step
     "camvid/resnet50": dict(steps=80, batch_size=6),
     "camvid+none": dict(lr=1.5),
     "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
-                  probe_images=20,
-                  probe_steps=10),
+                  probe_images=20, probe_steps=10),
 }
 
 
