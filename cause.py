@@ -32,12 +32,12 @@ from eval import ClusterProbe, LinearProbe
 # ---------------------------------------------------------------- model
 
 class MLPHead(nn.Module):
-    """Tokens (B,N,D) -> code (B,N,K): a linear branch plus a two-layer branch, each with its own dropout."""
+    """Tokens (B,N,D) -> code (B,N,r): a linear branch plus a two-layer branch, each with its own dropout."""
 
-    def __init__(self, D, K):
+    def __init__(self, D, r):
         super().__init__()
-        self.f1 = nn.Linear(D, K)
-        self.f2 = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, K))
+        self.f1 = nn.Linear(D, r)
+        self.f2 = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, r))
 
     def forward(self, x):
         return self.f1(common.dropout(x, 0.1, self.training)) + self.f2(common.dropout(x, 0.1, self.training))
@@ -59,25 +59,25 @@ class Attention(nn.Module):
                    zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)))
         if not self.training:
             return self.out_proj(F.scaled_dot_product_attention(q, k, v))
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)    # (B,N,M)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)    # (B,N,M)
         return self.out_proj(common.dropout(weights, 0.1, True) @ v)
 
 
 class TRHead(nn.Module):
-    """Features (B,N,D) and their code vectors (B,N,D) -> code (B,N,K): one transformer layer, whose queries
+    """Features (B,N,D) and their code vectors (B,N,D) -> code (B,N,r): one transformer layer, whose queries
     are the codes and whose keys are the features, added to the features (the paper has no such residual, the
     published code does).
 
     queries: N of the training grid; another grid gets the position table interpolated.
     """
 
-    def __init__(self, D, K, queries):
+    def __init__(self, D, r, queries):
         super().__init__()
         self.query_pos = nn.Parameter(torch.randn(queries, D))
         self.self_attn, self.cross_attn = Attention(D), Attention(D)
         self.linear1, self.linear2 = nn.Linear(D, 2048), nn.Linear(2048, D)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.out = MLPHead(D, K)
+        self.out = MLPHead(D, r)
 
     def positions(self, grid):
         """The position table for a grid (h, w): (h*w, D)."""
@@ -88,7 +88,7 @@ class TRHead(nn.Module):
         return F.interpolate(table, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
 
     def forward(self, feats, codes, grid=None, index=None):
-        """index (B,n): only these tokens are queries, (B,n,K): the same numbers for a part of the work, since
+        """index (B,n): only these tokens are queries, (B,n,r): the same numbers for a part of the work, since
         a token's code depends on the other tokens as keys and values alone."""
         def drop(x):
             return common.dropout(x, 0.1, self.training)
@@ -104,7 +104,7 @@ class TRHead(nn.Module):
 
 
 def load_published_head(state_dict, head):
-    """Fill our head from the authors' parameters (`head.f1.weight (K,D,1,1)`, `head.tr.self_attn...`, or
+    """Fill our head from the authors' parameters (`head.f1.weight (r,D,1,1)`, `head.tr.self_attn...`, or
     without `head.`).
 
     Raises ValueError naming the first parameter that is missing or has another shape.
@@ -132,7 +132,7 @@ class Model(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        heads = getattr(args, "heads", None)                      # the authors' heads saw a ViT-S with 12
+        heads = getattr(args, "heads", None)                 # 12 for the authors' heads: their ViT-S had 12
         self.backbone = common.load_backbone(args.arch, args.weights, args.depth, heads)
         D, r = self.backbone.dim, args.code_dim
         self.codebook = nn.Parameter(torch.empty(args.codes, D).uniform_(-1 / args.codes, 1 / args.codes))
@@ -221,9 +221,9 @@ def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=
     repel. To read and to copy; `train` adds up the same from `batch_term` and `Bank.loss`.
 
     codes (B,n) indices, student and teacher (B,n,R) projections, similarity (K,K) code-code cosines;
-    bank_codes (m,), bank (m,R) past teacher projections -> scalar: the mean over images of the in-batch term
-    and, with a bank, of the bank term. Each is normalised on its own, as in the published code; the paper
-    joins their keys. An image without a positive pair adds no term. `Bank.loss` takes a fifth of the work.
+    bank_codes (m,), bank (m,R) past teacher projections -> scalar: the mean of one in-batch term and, with a
+    bank, one bank term per image, each normalised on its own, as in the published code; the paper joins their
+    keys. An image without a positive pair adds no term. `Bank.loss` takes a fifth of the work.
     """
     total, images = batch_term(codes, student, teacher, similarity, tau, positive, negative)
     if bank is not None and len(bank):
@@ -249,7 +249,8 @@ def contrast(cosine, s, tau, positive, negative, own=None):
     """Eq. 4 for cosines and code-code similarities (B,n,keys): sum over the images with a positive pair,
     their number.
 
-    A flat mean of -log p over the pairs of an image; the paper takes the log of the mean over positives.
+    A flat mean of -log p over the pairs of an image, p over all positives and negatives of the anchor; the
+    paper takes the log of the mean over positives of p, each over itself and the negatives alone.
     """
     logit = cosine / tau
     attract = s > positive if own is None else (s > positive) & ~own
@@ -262,7 +263,7 @@ def contrast(cosine, s, tau, positive, negative, own=None):
 
 
 def mean_over_images(total, images):
-    """Over the images of all processes; `average_gradients` divides by the number of processes."""
+    """total / number of terms of all processes; `average_gradients` divides by the number of processes."""
     return total * common.world() / common.reduce_sum(images).clamp(min=1)
 
 
@@ -372,10 +373,12 @@ class _BankTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, folded, valid, positive, negative):
         (B, n, _), (K, S) = y.shape, valid.shape
-        by_code, count = folded.view(K, S, -1).sum(1), valid.sum(1).to(y.dtype)                # (K,r+1), (K,)
+        valid = valid.to(y.dtype)
+        by_code, count = folded.view(K, S, -1).sum(1), valid.sum(1)                            # (K,r+1), (K,)
         grad_y, grad_folded, grad_by_code = (torch.zeros_like(x) for x in (y, folded, by_code))
         total, images = y.new_zeros(()), y.new_zeros(())
-        step = max(1, 2 ** 25 // (n * K * S))                                                 # images at once
+        step = min(B, max(1, 2 ** 25 // (n * K * S)))                                      # images at once
+        buffer = y.new_empty(step * n, K * S)                     # new memory costs more than the product
         for b in range(0, B, step):
             b = slice(b, b + step)
             anchors, pos = y[b].flatten(0, 1), positive[b].flatten(0, 1).to(y.dtype)          # (m,.), m = b*n
@@ -384,7 +387,8 @@ class _BankTerm(torch.autograd.Function):
             per_image = per_anchor.view(-1, n).sum(1)
             images += (per_image > 0).sum()
             share = 1 / per_image.clamp(min=1).repeat_interleave(n)                            # (m,)
-            exp = (anchors @ folded.T).exp_().view(-1, K, S).mul_(valid)
+            exp = torch.mm(anchors, folded.T, out=buffer[:len(anchors)]).exp_().view(-1, K, S)
+            exp.mul_(valid)
             Z = (exp.sum(-1) * kept).sum(-1)
             Z = Z.where(per_anchor > 0, 1)                          # such an anchor may have no key at all
             attracted = (anchors @ by_code.T * pos).sum(-1)
@@ -520,7 +524,8 @@ def step_linear(model, loss, optimizer):
 
 # ---------------------------------------------------------------- command line
 
-PRESETS = {      # steps as one of four unsynchronised processes took them: epoch = crops / 4 / 16
+PRESETS = {      # lr (4 x the paper's) and steps as one of four unsynchronised processes had them: an epoch
+    # is crops / 4 / 16 steps
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000,
                     codebook_steps=400, probe_steps=400, probe="modularity", batch_size=16, lr=4e-3,
                     probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4,
@@ -550,15 +555,14 @@ def arguments():
     p = common.parser(__doc__)
     g = p.add_argument_group("CAUSE")
     g.add_argument("--head", choices=["mlp", "tr"], help="mlp: two layers per token, fast; tr: a "
-                   "transformer layer that attends from code vectors to features, better in the paper and "
-                   "tied to one grid")
+                   "transformer layer that attends from code vectors to features, better in the paper")
     g.add_argument("--form", choices=["max", "sum"], default="max", help="modularity over the best common "
                    "code (published code) or over the sum of codes (paper)")
-    g.add_argument("--codes", type=common.whole(2), help="codebook size K; 2048 in the paper")
+    g.add_argument("--codes", type=common.whole(2), help="codebook size K; 2048 as published")
     g.add_argument("--bank-slots", type=common.whole(1), help="past tokens kept per code; memory codes x "
                    "slots x projection width x 4 bytes")
     g.add_argument("--window", type=common.whole(1), help="one token of every window of so many patches is "
-                   "used per step; 4 in the paper, less for small grids")
+                   "used per step; 4 as published, less for small grids")
     g.add_argument("--thresholds", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="cosine of "
                    "two codes above which their patches attract, and below which they repel; 0.3 0.1 in the "
                    "paper")

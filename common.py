@@ -260,7 +260,7 @@ def dropout(x, p, training, channels=False):
     if not training or p == 0:
         return x
     shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
-    return x * (rand_rows(len(x), *shape, device=x.device) >= p).to(x.dtype) / (1 - p)
+    return (x * rand_rows(len(x), *shape, device=x.device).ge_(p).to(x.dtype)).div_(1 - p)
 
 
 def average_gradients(*modules):

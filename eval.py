@@ -1254,6 +1254,8 @@ def look_inside(options, device):
         raise ValueError(f"--neighbors and --pr-curve take a data set with labels and two images or more; "
                          f"{val.name} has {len(val)}, with {val.classes} classes")
     features, labels, means = sample_points(backbone, val, device, patch_of(model), points=100)
+    if (labels < 0).all():
+        raise ValueError(f"{val.name}: no pixel of its labels has a class, so there is nothing to compare")
     if options.neighbors:
         counts = confused(features, labels, means, val.classes)
         print(f"{100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % of the strongest tenth of "

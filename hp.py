@@ -1,15 +1,15 @@
 """HP: unsupervised semantic segmentation by contrast with hidden positives (Seong, Moon et al., CVPR 2023).
 
 A small head on frozen patch features is trained by contrast between the patches of a batch. Two patches are
-positives if they are more alike than either is to its nearest patch in a reference pool of random patches:
-first by the backbone's features, then more and more also by the codes of a momentum head. Each patch also
-passes its gradient on to the neighbours it attends to. K-means on the codes gives the clusters; a linear
-probe is trained beside. No label reaches head or clusters.
+positives if they are more alike than at least one of them is to its nearest patch in a reference pool of
+random patches: first by the backbone's features, then more and more also by the codes of a momentum head.
+Each patch also passes its gradient on to the neighbours it attends to. K-means on the codes gives the
+clusters; a linear probe is trained beside. No label reaches head or clusters.
 
     python hp.py                                                   # drawn scenes, no download, about a minute
     python hp.py --data coco27 --root data/cocostuff --arch vits8   # paper: 24.6 mIoU with CRF; not run here
     python hp.py --data photos/ --arch vits8 --consistency 0 --cache-features ram       # your own pictures
-    python hp.py --local none --no-task-specific                   # row (d) of table 4
+    python hp.py --data coco27 --root data/cocostuff --arch vits8 --local none --no-task-specific  # table 4 d
 
 The first gives 48.7 +- 5.1 mIoU, K-means on the raw features 40.1 (seeds 0, 1, 2; 18 s on one CPU thread,
 torch 2.15).
@@ -123,13 +123,14 @@ def hidden_positives(features, pool):
 
 
 def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight=True):
-    """Contrast with hidden positives, the mean of Phi over z and Psi over z_mix (eq. 5, 6, 10) -> scalar.
+    """Contrast with hidden positives, the mean of Phi over z and Psi over z_mix (eq. 5, 6, 10) -> scalar. To
+    read and to copy, as are `hidden_positives` and `mix_local`; `train` gives `Contrast` masks by blocks.
 
     z, z_mix unit (M,K), M = B*N; positives (M,M) bool; negatives (N,M) bool, a row per patch position, shared
     by the images. The published code, followed here, departs from the paper: both kinds of positives go into
-    one average with weights 1 and lam; the denominator is negatives and task-agnostic positives; anchors
-    without one of those are left out; anchors count by their number of positives (reweight); all is scaled by
-    tau / 0.07.
+    one average with weights 1 and lam; the denominator is negatives, drawn from all patches, and the
+    task-agnostic positives; anchors without a task-agnostic positive are left out; anchors count by their
+    number of positives (reweight); all is scaled by tau / 0.07.
     """
     def masks(b, c):
         return (positives_ag[b, c], positives_ag[c, b].T), (positives_sp[b, c], positives_sp[c, b].T)
@@ -280,7 +281,8 @@ def propagated_loss(z, near, masks, negatives, own, lam, tau):
 
 
 def naive_loss(z, z_view, images, tau):
-    """Eq. 1, row (g) of table 4: the positive of a patch is itself in the other view, all others repel."""
+    """Eq. 1 times tau / 0.07, row (g) of table 4: the positive of a patch is itself in the other view, all
+    others repel."""
     M, N = len(z), len(z) // images
 
     def masks(b, c):
@@ -401,7 +403,7 @@ def train(args):
         lam = 0.0 if not args.task_specific else 1.0 if args.bench else \
             task_specific_share(step, args.steps, args.warmup)
         if args.naive:
-            contrast = naive_loss(z, z_view, len(feats), args.tau)
+            contrast = naive_loss(common.gather(z), common.gather(z_view), len(feats) * run.world, args.tau)
         else:
             with torch.no_grad():
                 f = common.gather(F.normalize(tokens(drop(feats)), dim=1))                   # (world*M,D)
@@ -480,7 +482,7 @@ def arguments():
     g.add_argument("--pool", type=common.whole(1), help="patches in a pool; more: fewer but surer positives")
     g.add_argument("--renew", type=common.whole(1), help="steps between renewals of the task-specific pool")
     g.add_argument("--warmup", type=common.whole(0), help="steps without task-specific positives")
-    g.add_argument("--momentum", type=float, help="how slowly the momentum head follows; long runs 0.999")
+    g.add_argument("--momentum", type=float, help="how slowly the momentum head follows; 0.99 or 0.999")
     g.add_argument("--consistency", type=float, help="weight of the distance between two views; 0 is row (f) "
                    "of table 4 and saves half of the backbone's work")
     g.add_argument("--weight-decay", type=float, help="AdamW's, on the head")

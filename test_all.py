@@ -1168,7 +1168,7 @@ def tiny_run(folder, method="cause", **more):
     """A run folder with an untrained model on scenes, as training writes it -> the model."""
     module = METHODS[method]
     args = common.parse(module.arguments, module.PRESETS, ["--smoke", "--size", "96"])
-    vars(args).update(classes=6, clusters=6, workers=0, **more)
+    vars(args).update({"classes": 6, "clusters": 6, "workers": 0, **more})
     model = module.Model(args)
     put(folder / "args.json", json.dumps(vars(args)))
     common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0,
@@ -1204,6 +1204,9 @@ def test_eval_scores_a_run_and_compares():
         refuses(FileNotFoundError, "", run_eval, tmp / "none")
         refuses(ValueError, "", run_eval)
         refuses(ValueError, "", run_eval, *runs, "--images", tmp)
+        write_miniatures(tmp / "data")
+        tiny_run(tmp / "void", data="camvid", root=str(tmp / "data"), classes=11)
+        refuses(ValueError, "camvid", run_eval, tmp / "void", "--neighbors")
 
 
 def test_eval_segments_a_folder():
@@ -2830,7 +2833,8 @@ def test_stress_hostile_archives():
 
 def commands():
     """Every command of ours in the README and in the docstrings of the files: [(file, [arguments])]."""
-    texts = [(HERE / "README.md").read_text()]
+    readme = (HERE / "README.md").read_text()
+    texts = [readme.replace("$B", re.search('`B="(.*)"`', readme)[1])]
     texts += [module.__doc__ for module in (*METHODS.values(), data, eval_, crf)]
     found = [m for text in texts for m in re.findall(r"python (\w+)\.py([^`|\n#&]*)", text)]
     found = [(name, re.split(r"\s{2,}", rest.strip())[0]) for name, rest in found]  # a remark may follow
@@ -2856,6 +2860,57 @@ def test_readme_commands_have_real_options():
             helps[name] = helps.get(name) or python(HERE / f"{name}.py", "--help").stdout
             for option in options:
                 assert not option.startswith("--") or option in helps[name], f"{name}.py has no {option}"
+
+
+def test_readme_commands_run():
+    """Each command of a method, eval.py, data.py and crf.py that has options, on small settings: two steps, a
+    small backbone without weights, data sets in miniature. (crf.py: `test_crf_command_line`.)"""
+    small = dict.fromkeys(METHODS, "--smoke --workers 0 --batch-size 4 --steps 2 --size 48 --eval-size 48")
+    for name, more in (("stego", ""), ("hp", ""), ("cause", "--codebook-size 48 --codebook-steps 2"),
+                       ("vice", "--views 2 --view-size 48 --filters 16")):
+        small[name] += f" --weights none {more}"
+    runs = ("RUN0", "RUN1", "RUN2", "runs/camvid", "runs/cause-scenes-dct8-0", "runs/san-scenes-scratch-0")
+    with folder() as tmp, contextlib.chdir(tmp), contextlib.redirect_stdout(io.StringIO()):
+        write_miniatures(tmp / "data")
+        shutil.copy(next(Path("data/cocostuff/curated/train2017").iterdir()),
+                    f"data/cocostuff/curated/train2017/{data.CURATED}.txt")
+        for kind in ("", "annot"):
+            shutil.copy(f"data/CamVid/train{kind}/a.png", f"data/CamVid/train{kind}/b.png")
+            for part in ("train", "val", "test"):
+                shutil.copytree(f"data/CamVid/train{kind}", f"data/camvid/{part}{kind}")
+        write_scenes(tmp / "drawn", n=20)
+        [shutil.copytree("drawn/photos", name) for name in ("photos", "holiday")]
+        [shutil.copy("photos/0.png", name) for name in ("one.jpg", "two.jpg")]
+        for i, name in enumerate(runs):
+            tiny_run(tmp / name, "san" if "san" in name else "cause", seed=i, data="camvid",
+                     root="data/camvid", classes=11, clusters=11)
+        for method, *names in (("stego", "cocostuff27_vit_base_5.ckpt"), ("hp", "ckpt.pth"),
+                               ("cause", "segment_tr.pth", "cluster_tr.pth")):
+            [torch.save(x, name) for name, x in zip(names, published(method, C=27).values())]
+        done = []
+        for name, options in commands():
+            line = f" {' '.join(options)} "
+            place = "data/cocostuff" if "coco27" in line else "data/camvid"
+            for words, ours in ((" RUN RUN RUN ", " RUN0 RUN1 RUN2 "), (" RUN ", " RUN0 "),
+                                ("NAME --root DIR", "drawn"), ("--data DIR", "--data drawn"),
+                                ("--embed DIR", "--embed codes"), ("--root DIR", f"--root {place}"),
+                                (" DIR ", " photos "), ("[--download] [--check]", "--check")):
+                line = line.replace(words, ours)
+            line = re.sub("--bench data.*", "--bench data 8", line)
+            arch = "vits16" if "--official" in line else "dct8"
+            line = re.sub(r"--arch \w*vit\w+", f"--arch {arch}", line)
+            if not line.strip() or name in ("test_all", "crf") or (name, line) in done \
+                    or re.search("--download| the data", line):
+                continue
+            if name in METHODS:
+                code, text = run(name, line, small[name])
+            elif name == "eval":
+                code, text = evaluate(*line.split(), *("--weights none".split() if "--arch" in line else ()))
+            else:
+                code, text = data.main([*line.split(), "--workers", "0"]), ""
+            assert code == 0, f"{name}.py {line} ends with {code}: {text[-2000:]}"
+            done.append((name, line))
+        assert len(done) > 40
 
 
 def test_readme_example_of_an_own_method_runs_as_it_stands():
@@ -2902,7 +2957,8 @@ def test_examples_in_docstrings_are_true():
 
 
 def test_copies_are_identical():
-    """common and data import nothing of ours, so both hold the same download function."""
+    """common and data import nothing of ours, so both hold the same download; HP's head is STEGO's."""
+    assert inspect.getsource(hp.Head) == inspect.getsource(stego.Head)
     assert inspect.getsource(common.download) == inspect.getsource(data.download)
     assert torch.equal(common.MEAN, data.MEAN) and torch.equal(common.STD, data.STD)
 
