@@ -2464,13 +2464,13 @@ def test_stress_signals_finish_the_step_and_say_how_to_resume():
 def test_stress_two_and_four_processes_equal_one():
     """torchrun with gloo against one process, the same global batch: |difference| / |weights| below 1e-5."""
     with folder() as tmp:
-        for method in METHODS:
+        for method, option in [*((method, "") for method in METHODS), ("hp", "--naive")]:
             found = {}
             for n in (1, 2, 4):
-                out = tmp / f"{method}{n}"
+                out = tmp / f"{method}{option}{n}"
                 done = python(f"-m torch.distributed.run --standalone --nproc_per_node={n}",
-                              HERE / f"{method}.py", "--smoke --batch-size 8 --steps 4 --out", out,
-                              timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              HERE / f"{method}.py", option, "--smoke --batch-size 8 --steps 4 --out",
+                              out, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 assert done.returncode == 0, f"{method} with {n} processes: {done.stderr[-2000:]}"
                 found[n] = torch.cat([x.double().flatten() for x in weights(out).values()])
             for n in (2, 4):
