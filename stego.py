@@ -11,7 +11,7 @@ probe is trained beside. No label reaches head or clusters.
     python stego.py --plot-correspondence one.jpg two.jpg --arch vits8                 # figure 2 of the paper
 
 The first gives 48.5 +- 3.8 mIoU, K-means on the raw features 40.1 (seeds 0, 1, 2; 22 s on one CPU thread,
-torch 2.15); CamVid with a ViT-S/14 33.3 +- 1.1 against 25.2, with --auto-shift 33.3 +- 1.2.
+torch 2.15); CamVid with a ViT-S/14 33.9 +- 1.6 against 25.2, with --auto-shift 33.3 +- 1.2.
 """
 import common                                                # first: it answers --help before torch is loaded
 from pathlib import Path
