@@ -524,8 +524,9 @@ def step_linear(model, loss, optimizer):
 
 # ---------------------------------------------------------------- command line
 
-PRESETS = {      # lr (4 x the paper's) and steps as one of four unsynchronised processes had them: an epoch
-    # is crops / 4 / 16 steps
+# Learning rates (4 x the paper's) and steps are those of one of the published code's four unsynchronised
+# processes: an epoch is crops / 4 / 16 steps.
+PRESETS = {
     "default": dict(size=224, codebook_size=224, eval_size=320, crops=None, head="mlp", steps=1000,
                     codebook_steps=400, probe_steps=400, probe="modularity", batch_size=16, lr=4e-3,
                     probe_lr=4e-3, weight_decay=1e-4, clip=1.0, codes=2048, bank_slots=100, window=4,

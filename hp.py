@@ -158,19 +158,20 @@ class Contrast(torch.autograd.Function):
         blocks = [slice(i, min(i + step, p + share)) for p in range(0, M, share)
                   for i in range(p, p + share, step)]
         mine = [b.start // N in own for b in blocks]
-        weight, any_ag = torch.zeros(M, device=device), torch.zeros(M, dtype=torch.bool, device=device)
+        weight, agnostic = torch.zeros(2, M, device=device)
         attracted, total = torch.zeros(2, E, M, device=device)
-        scaled, kept, room = [z / tau for z in embeddings], [], 2 ** 30
+        scaled, kept, negatives_t = [z / tau for z in embeddings], [], negatives.T.contiguous()
+        free = torch.empty(min(2 ** 28, E * share * M), device=device)  # room for exps, in one piece
 
-        def sides(b, c, ag, sp, mutual):              # anchors b, then c: the axis of a sum, w, D
-            w = None
-            for anchors, keys, axis in ((b, c, 1), (c, b, 0))[:1 + mutual]:
-                p = ag[1 - axis]
-                if w is None or p is not ag[0]:                    # symmetric positives: the same w for both
-                    w = p.float() if sp is None else torch.add(p.float(), sp[1 - axis], alpha=lam)
-                random = negatives[:, keys].repeat((anchors.stop - anchors.start) // N, 1)
-                d = p | (random if axis else random.T)
-                yield anchors, axis, w, d.fill_diagonal_(False) if b == c else d
+        def real(mask):                               # 0 or 1; straight from bool takes a CPU 8 times as long
+            return mask.view(torch.uint8).float()
+
+        def sides(b, c, ag, sp, mutual):              # anchors b, then c: the axis of a sum, positives, w, D
+            for anchors, axis, random in ((b, 1, negatives[:, c]), (c, 0, negatives_t[b]))[:1 + mutual]:
+                random = torch.cat([random] * ((anchors.stop - anchors.start) // N), 1 - axis)
+                d, p = ag[1 - axis] | random, real(ag[1 - axis])
+                w = p if sp is None else torch.add(p, real(sp[1 - axis]), alpha=lam)
+                yield anchors, axis, p, w, real(d.fill_diagonal_(False) if b == c else d)
 
         for i, b in enumerate(blocks):
             for j, c in enumerate(blocks):
@@ -182,21 +183,25 @@ class Contrast(torch.autograd.Function):
                     ag, sp = (x and [p & other for p in x] for x in (ag, sp))
                 block = b, c, ag, sp, mine[j] and j > i
                 logits = [x[b] @ z[c].T for x, z in zip(scaled, embeddings)]
-                exps = [x.exp() for x in logits]
-                for anchors, axis, w, d in sides(*block):
+                size = E * logits[0].numel()
+                space, free = free[:size], free[size:]
+                keep = len(space) == size
+                space = space.view(E, *logits[0].shape) if keep else [None] * E
+                exps = [torch.exp(x, out=place) for x, place in zip(logits, space)]
+                for anchors, axis, p, w, d in sides(*block):
+                    agnostic[anchors] += p.sum(axis)
                     weight[anchors] += w.sum(axis)
-                    any_ag[anchors] |= ag[1 - axis].any(axis)
                     for e in range(E):
                         attracted[e, anchors] += (w * logits[e]).sum(axis)
-                        total[e, anchors] += exps[e].where(d, 0).sum(axis)
-                room -= 4 * E * exps[0].numel()
-                kept.append((block, exps if room > 0 else None))
+                        total[e, anchors] += (d * exps[e]).sum(axis)
+                kept.append((block, exps if keep else None))
 
         def per_image(x):                          # sum over an image's patches, at each of them
             return x.view(-1, N).sum(1).clamp(min=1e-12).repeat_interleave(N)
-        a = any_ag / (per_image(weight * any_ag) if reweight else per_image(any_ag) * weight.clamp(min=1e-12))
+        anchor = agnostic > 0
+        a = anchor / (per_image(weight * anchor) if reweight else per_image(anchor) * weight.clamp(min=1e-12))
         a = -tau / 0.07 / len(own) / E * a
-        total = total.where(any_ag, torch.ones_like(total))
+        total = total.where(anchor, torch.ones_like(total))
         loss = (a * (attracted - weight * total.log())).sum()
         pull, push = a / tau, a * weight / total / tau                                       # (M,), (E,M)
         gradients = [torch.zeros_like(z) for z in embeddings]
@@ -204,14 +209,15 @@ class Contrast(torch.autograd.Function):
             (b, c, *more), exps = kept.pop()
             exps = exps or [(x[b] @ z[c].T).exp_() for x, z in zip(scaled, embeddings)]
             attract, repel = 0, [0] * E                    # G = w * pull - D * push * exp l, of both sides
-            for anchors, axis, w, d in sides(b, c, *more):
-                attract = w * pull[anchors].unsqueeze(axis) + attract
+            for anchors, axis, _, w, d in sides(b, c, *more):
+                attract = attract + w * pull[anchors].unsqueeze(axis)
                 for e in range(E):
-                    repel[e] = push[e, anchors].unsqueeze(axis).where(d, 0) + repel[e]
+                    repel[e] = repel[e] + d * push[e, anchors].unsqueeze(axis)
             for e, z in enumerate(embeddings):
                 G = torch.addcmul(attract, repel[e], exps[e], value=-1)
-                gradients[e][b] += G @ z[c]
-                gradients[e][c] += G.T @ z[b]
+                gradients[e][b] += (G + G.T if b == c else G) @ z[c]
+                if b != c:
+                    gradients[e][c] += G.T @ z[b]
         ctx.save_for_backward(*gradients)
         return loss
 
