@@ -2233,7 +2233,7 @@ def resumes_bit_for_bit(method, saves, *options):
 
 def test_resume_cause(): resumes_bit_for_bit("cause", (2, 8))
 def test_resume_stego(): resumes_bit_for_bit("stego", (3,))
-def test_resume_vice(): resumes_bit_for_bit("vice", (3,))
+def test_resume_vice(): resumes_bit_for_bit("vice", (3,), MORE["vice"])
 
 
 def test_stress_resume_every_method_at_every_checkpoint():
@@ -2247,7 +2247,8 @@ def labels_leave_weights_alone(method):
         found = []
         for labels in ("real", "noise", None):
             photos = write_scenes(tmp / f"{labels}" / "set", labels=labels)
-            smoke(method, tmp / f"{labels}" / "run", "--data", photos, "--clusters 6 --steps 3 --size 48")
+            smoke(method, tmp / f"{labels}" / "run", "--data", photos, "--clusters 6 --steps 3 --size 48",
+                  MORE.get(method, ""))
             found.append(weights(tmp / f"{labels}" / "run", probes=False))
         real, noise, none = found
         assert len(real) > 1 and same(real, noise), f"{method}: noise for labels changes the weights"
