@@ -2864,12 +2864,8 @@ def test_readme_commands_have_real_options():
 
 
 def run_commands(files, at_least):
-    """Run each command of these files that has options on small settings: two steps, a small backbone without
+    """Run each command of these files that has options on small settings: few steps, a small backbone without
     weights, data sets in miniature. (crf.py: `test_crf_command_line`.)"""
-    small = "--smoke --workers 0 --batch-size 4 --steps 2 --size 48 --eval-size 48"
-    more = {"stego": "--weights none", "hp": "--weights none", "san": "",
-            "cause": "--weights none --codebook-size 48 --codebook-steps 2",
-            "vice": "--weights none --views 2 --view-size 48 --filters 16"}
     runs = ("RUN0", "RUN1", "RUN2", *("runs/" + x for x in (
         "camvid", "photos", "cause-scenes-dct8-0", "san-scenes-scratch-0")))
     with folder() as tmp, contextlib.chdir(tmp), contextlib.redirect_stdout(io.StringIO()):
@@ -2896,7 +2892,8 @@ def run_commands(files, at_least):
             for words, ours in ((" RUN RUN RUN ", " RUN0 RUN1 RUN2 "), (" RUN ", " RUN0 "),
                                 ("NAME --root DIR", "drawn"), ("--data DIR", "--data drawn"),
                                 ("--embed DIR", "--embed codes"), ("--root DIR", f"--root {place}"),
-                                (" DIR ", " photos "), ("[--download] [--check]", "--check")):
+                                (" DIR ", " photos "), ("--out runs/photos", "--out new"),
+                                ("[--download] [--check]", "--check")):
                 line = line.replace(words, ours)
             line = re.sub("--bench data.*", "--bench data 8", line)
             arch = "vits16" if "--official" in line else "dct8"
@@ -2905,7 +2902,8 @@ def run_commands(files, at_least):
                     or re.search("--download| the data", line):
                 continue
             if name in METHODS:
-                code, text = run(name, line.replace("--out runs/photos", "--out new"), small, more[name])
+                code, text = run(name, line, *QUICK, "--batch-size 4", MORE.get(name, ""),
+                                 "" if name == "san" else "--weights none")
             elif name == "eval":
                 code, text = evaluate(*line.split(), *("--weights none".split() if "--arch" in line else ()))
             else:
