@@ -1,203 +1,247 @@
-"""What every run needs: command line, run folder, checkpoints, several processes, and the frozen backbones.
-
-Read `Run.steps` first: it is the loop under every training loop. Nothing of a method hides here.
-Letters: B batch, H W pixels, p patch, h w patches (h = H / p), N = h * w, D backbone width, K code width, C
-classes.
+"""What every run needs: command line, processes, the loop under every training loop, checkpoints,
+and the frozen backbones with their weights. Read `Run.loop` first; nothing of a method hides here.
 """
 import argparse
-import ast
-import collections
 import contextlib
 import difflib
-import fcntl
+import fnmatch
 import functools
 import gc
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
-import operator
 import os
-import pickle
 import re
-import resource
-import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from tqdm import tqdm
+
+DATA = ("scenes camvid coco27 coco15 coco3 coco81 coco171 cityscapes27 cityscapes19 potsdam3 "
+        "potsdam6 voc21").split()
+
+
 # ---------------------------------------------------------------- command line
-# Before torch, which takes seconds to load: --help answers at once.
-
-METHODS = ("stego", "hp", "cause", "vice", "san")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                     # one line instead of the whole usage
-        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        near = [n for u in unknown for n in difflib.get_close_matches(u, self._option_string_actions, 1)]
-        hint = f"did you mean {', '.join(near)}?" if near else f"python {self.prog} --help lists the options"
-        self.exit(2, f"error: {message}; {hint}\n")
-
-
-def whole(low):
-    """An argparse type: a whole number of at least `low`."""
+def number(low=0.0, high=1e6, kind=float):
+    """An argparse type: a finite number from low to high."""
     def convert(text):
-        if not re.fullmatch(r"-?\d+", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least {low}")
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
     return convert
 
 
+def whole(low=1, high=10 ** 6):
+    return number(low, high, int)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default of None says nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one option on one line; a mistake is a ValueError of one line."""
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
+
+    def add(self, name, default, help, group=None, **more):
+        """The default says the type: bool gives --x and --no-x, int a whole number of at least 1,
+        float a finite one of at least 0, a tuple as many of these. low, high: other limits."""
+        limits = {k: more.pop(k) for k in ("low", "high") if k in more}
+        if isinstance(default, bool):
+            more.setdefault("action", argparse.BooleanOptionalAction)
+        elif isinstance(default, (int, float, tuple)):
+            more.setdefault("type", (whole if isinstance(default, int) else number)(**limits))
+        if isinstance(default, tuple):
+            more["nargs"] = len(default)
+        (group or self).add_argument(name, default=default, help=help, **more)
+
+    def group(self, title):
+        return functools.partial(self.add, group=self.add_argument_group(title))
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized.*?(--[\w-]+)", message)
+        raise ValueError(message + (did_you_mean(unknown[1], self._option_string_actions)
+                                    if unknown else f"; {self.prog} --help lists the options"))
+
+
 def parser(doc):
-    """The options that all methods share. Where the default is None, PRESETS of the method's file counts."""
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = p.add_argument_group("data and backbone").add_argument
-    add("--data", default="scenes", metavar="NAME|DIR",
-        help="data set (python data.py lists them) or a folder of your own images; scenes needs no file")
-    add("--root", metavar="DIR", help="where the data set lies; python data.py NAME --root DIR checks it")
-    add("--protocol", help="how images are resized and cropped; the default is the published one")
-    add("--size", type=whole(8), metavar="PIXELS", help="side of a training image; a multiple of the patch")
-    add("--arch", default="dct8",
-        help="frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
-    add("--weights", metavar="FILE|none",
-        help="weights from a file instead of the download; none = untrained")
-    add("--depth", type=whole(1), metavar="K", help="keep the first K blocks of a ViT, then its final norm; "
-        "try it where the last block was fine-tuned for something else")
-    add("--clusters", type=whole(2),
-        help="number of clusters; default: number of classes, 27 without labels")
-    add = p.add_argument_group("training").add_argument
-    add("--steps", type=whole(1), help="optimiser steps of the main phase")
-    add("--batch-size", type=whole(1), help="images per step over all processes together")
-    add("--lr", type=float, help="learning rate of the head")
-    add("--seed", type=whole(0), default=0, help="same seed, same weights, bit for bit on a CPU")
-    add("--skip-bad-steps", type=whole(0), default=0, metavar="N",
-        help="go on after at most N steps whose loss is NaN or infinite; 0 stops at the first")
-    add = p.add_argument_group("run").add_argument
-    add("--out", metavar="RUN", help="run folder; default runs/METHOD-DATA-ARCH-SEED")
-    add("--resume", metavar="RUN", help="continue the run in this folder with its own options")
-    add("--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints")
-    add("--device", help="cuda, cuda:1, cpu; default: the accelerator if there is one")
-    add("--workers", type=whole(0), help="processes that read images; default: 2, or 0 for scenes")
-    add("--cache-features", metavar="DIR|ram|gpu", help="compute the frozen features once and keep them as "
-        "fp16, so that later epochs cost only the head; needs bytes = images x D x N x 2")
-    add("--compile", action="store_true", help="torch.compile the backbone; pays on CUDA in runs of minutes")
-    add("--smoke", action="store_true", help="ten steps that touch everything, to see that it runs")
-    add("--bench", type=whole(1), metavar="N", help="time N steps on data held in memory, then stop")
-    add("--json", metavar="FILE", help="where --bench writes its figures")
+    """The options that all methods share. None: the preset, the data or the machine decide."""
+    p, many = Parser(doc), whole(1, 2 ** 31 - 1)
+    p.set_defaults(classes=None, epochs=None)  # filled in by `train` and by presets
+    add = p.group("data and backbone")
+    add("--data", "scenes", "data set (python data.py lists them), or a directory of images")
+    add("--root", None, "where the data set lies", metavar="DIR")
+    add("--protocol", None, "how images are resized and cropped; else the published way")
+    add("--size", 224, "side of a training image, a multiple of the patch", low=8, high=8192)
+    add("--arch", "dct8", "frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
+    add("--weights", None, "a file in place of the download; none: untrained", metavar="FILE|none")
+    add("--depth", None, "first K blocks of a ViT, then its norm", type=whole(), metavar="K")
+    add("--clusters", None, "else the number of classes, 27 without labels", type=whole(2, 65536))
+    add = p.group("training")
+    add("--steps", None, "steps of the main phase; else the preset's epochs", type=many)
+    add("--batch-size", 16, "images per step over all processes together")
+    add("--lr", 5e-4, "learning rate")
+    add("--seed", 0, "same seed and threads, same weights, on a CPU", low=0, high=2 ** 31 - 1)
+    add = p.group("run")
+    add("--out", None, "run folder; else runs/METHOD-DATA-ARCH-SEED", metavar="RUN")
+    add("--resume", None, "go on with the run in this folder, with its options", metavar="RUN")
+    add("--save-every", None, "steps between checkpoints; else ten minutes", type=many)
+    add("--device", None, "cuda, cuda:1, cpu; else the accelerator if there is one")
+    add("--workers", None, "processes that read images", type=whole(0, 1024))
+    add("--cache-features", False, "keep frozen features in RAM (fp16): later epochs cost the head")
+    add("--compile", False, "torch.compile the backbone; pays on CUDA in runs of minutes")
+    add("--smoke", False, "ten steps that touch everything, to see that it runs")
+    add("--bench", None, "time that many steps on data held in memory, then stop", type=many)
+    add("--json", None, "where --bench writes its figures", metavar="FILE")
+    add("--show", False, "print the options that this would run with as JSON, and stop")
     return p
 
 
+# what does not change a run's result is never taken from a saved one
+ONLY_TYPED = "resume out bench json show device workers save_every compile".split()
+
+
 def parse(arguments, presets, argv=None):
-    """Options as given, else of the presets smoke, DATA+CHOICE, DATA/ARCH, DATA, default, else the defaults.
-
-    With --resume the options of that run; only those that do not change the result may be given anew.
-    """
+    """Options as typed, else of the presets that apply, else the defaults. A key of `presets` is a
+    data set, or `folder`, and conditions: pattern of --arch, option=value. With --resume the
+    options of that run; none that changes its result may be typed anew."""
     p = arguments()
-    options = vars(p.parse_args([]))
-    untouched = argparse.Namespace(**dict.fromkeys(options, parse))  # any object that no option can give
-    given = {k: v for k, v in vars(p.parse_args(argv, untouched)).items() if v is not parse}
-    if "resume" in given:
-        folder = Path(given["resume"])
-        saved = read_args(folder)
-        free = {"resume", "root", "weights", "device", "workers", "save_every", "cache_features", "compile"}
-        names = ", ".join("--" + name.replace("_", "-") for name in sorted(set(given) - free))
-        if names:
-            raise ValueError(f"--resume continues {folder} with the options it was started with; "
-                             f"drop {names}")
-        return argparse.Namespace(**options | saved | given | {"out": str(folder)})
-    data, arch = given.get("data", options["data"]), given.get("arch", options["arch"])
-    chosen = ["default", "folder" if os.path.isdir(data) else data]
-    chosen += [key for key in presets if "/" in key and f"{data}/{arch}".startswith(key)]
-    chosen += [f"{data}+{choice}" for choice in given.values()]   # "coco27+tr": where --head tr is given
-    chosen += ["smoke"] * ("smoke" in given)
-    for key in chosen:
-        options |= presets.get(key, {})
-    return argparse.Namespace(**options | given)
+    args = p.parse_args(argv)
+    if args.resume:
+        saved = check_args(p, load_checkpoint(args.resume)["args"], args.resume)
+        saved = {k: x for k, x in saved.items() if k not in ONLY_TYPED}
+        p.set_defaults(**saved)
+        args = p.parse_args(argv)
+        other = [k for k in saved if vars(args)[k] != saved[k] and k not in ("root", "weights")]
+        if other or args.bench:
+            raise ValueError(f"--resume continues {args.resume} with its own options; drop "
+                             + ", ".join(map(flag, other or ["bench"])))
+        return args
+    folder = args.data not in DATA and os.path.isdir(args.data)
+    known = ["folder" if folder else args.data] + ["smoke"] * args.smoke
+    for key, preset in presets.items():
+        data, *words = key.split()
+        words = [word if "=" in word else f"arch={word}" for word in words]
+        if data in known and all(fnmatch.fnmatch(str(vars(args)[option]), pattern)
+                                 for option, pattern in (word.split("=") for word in words)):
+            p.set_defaults(**({"steps": None} if "epochs" in preset else {}) | preset)
+    args = p.parse_args(argv)
+    if folder:
+        args.data = os.path.abspath(args.data)  # a run may be resumed from elsewhere
+    elif vars(args).get("remove_position", False) is None:
+        args.remove_position = False
+    patch = patch_of(args.arch)
+    for name in ("size", "eval_size", "codebook_size"):
+        if (pixels := vars(args).get(name) or 0) % patch:
+            vars(args)[name] = pixels + -pixels % patch
+            say(f"{flag(name)} {pixels} becomes {vars(args)[name]}: patches have {patch} pixels")
+    return args
 
 
-def read_args(folder):
-    """The options a run was started with: RUN/args.json."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no run folder {folder}")
+def flag(name):
+    return f"--{name}".replace("_", "-")
+
+
+def check_args(p, saved, folder):
+    """Options of a checkpoint -> the same. ValueError unless each could have been typed."""
+    words, names = [], vars(p.parse_args([]))
+    own = {name for name in names if flag(name) not in p._option_string_actions}  # not typed
     try:
-        saved = json.loads((folder / "args.json").read_text())
-        if not isinstance(saved, dict) or not {"seed", "batch_size"} <= set(saved):
-            raise ValueError
-        return saved
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no args.json, so it is no run folder") from None
-    except ValueError:
-        raise ValueError(f"{folder / 'args.json'} is damaged; start the run again") from None
+        for name in names.keys() - own:
+            if isinstance(saved[name], bool):
+                words.append(flag(name if saved[name] else f"no_{name}"))
+            elif isinstance(saved[name], (list, tuple)):
+                words += [flag(name), *map(str, saved[name])]
+            elif saved[name] is not None:
+                words.append(f"{flag(name)}={saved[name]}")
+        found = vars(p.parse_args(words)) | {name: saved[name] for name in own}
+        if json.dumps(found) != json.dumps({name: saved[name] for name in found}):
+            raise ValueError("they are no options")
+        return found | {"classes": found["classes"] and int(found["classes"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its options are damaged: {error}") from None
 
 
-def nearest(name, names):
+def did_you_mean(name, names):
     """A hint for an error message: `; did you mean 'vits8'?`, or the list of names."""
     near = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
 
 
-def quick_help(script):
-    """Print a method's help. Loading torch takes seconds, so only its `arguments` function is executed."""
-    tree = ast.parse(Path(script).read_text())
-    scope = {"common": sys.modules[__name__], "argparse": argparse, "__doc__": ast.get_docstring(tree)}
-    keep = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "arguments"
-            or isinstance(n, ast.Assign) and n.targets[0].id.isupper()]
-    exec(compile(ast.Module(keep, []), script, "exec"), scope)
-    scope["arguments"]().print_help()
-    sys.exit(0)
+def main(arguments, presets, schedule, train, count):
+    """A method's command line; count(args) -> images for schedule, train(args) -> exit code."""
+    def run():
+        args = parse(arguments, presets)
+        if args.show:
+            schedule(args, count(args))
+            return print(json.dumps(vars(args), indent=1))
+        if args.data == "scenes" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # two that wait for each other cost four times the CPU time
+        return train(args)
+    command(run)
 
 
-if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).stem in METHODS and Path(sys.argv[0]).is_file():
-    quick_help(sys.argv[0])
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torchvision  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+# parts of errors that are no mistakes of the code -> what to do
+EXPECTED = {"DataLoader worker (pid": "a process that reads images died; take fewer --workers",
+            "process pool": "a process that reads images died; try again with more memory",
+            "equal size": "images of several shapes; --protocol stego or squash makes them equal",
+            "out of memory": "the GPU's memory is full; take a smaller --batch-size or --size",
+            "allocate": "the memory is full; take smaller sizes"}
 
 
-def main(arguments, presets, train):
-    """Run a method from the command line. A mistake to expect ends in one line on stderr and an exit code."""
-    sys.__stdout__.reconfigure(errors="backslashreplace")         # a file's name may be no text
+def command(run):
+    """Exit with run()'s code; a mistake to expect is one line on stderr, without a traceback:
+    2 bad input, 1 the run went wrong, 130 Ctrl-C, 141 the reader of its output left."""
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     try:
-        code = train(parse(arguments, presets))
-    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        code = report(error)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):        # killed from outside, mostly for memory
+        code = run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, (MemoryError, RuntimeError)):
+            text = next((advice for part, advice in EXPECTED.items() if part in text), "")
+        if not text or os.environ.get("TRACEBACK"):  # a mistake of the code; for developers
             raise
-        code = report(ChildProcessError(f"{error} Take fewer --workers, or 0".replace("\n", " ")))
-    gc.collect()  # the error held the loader's processes; Python's exit, if left to end them, complains
+        # a loader process's error carries its traceback, whose last part counts
+        say("error: " + re.split(r"^\w+(?:Error|Exception): ", text, flags=re.M)[-1])
+        code = 1 if isinstance(error, ArithmeticError) else 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # the error held the loader's processes, which Python's exit would complain of
     sys.exit(code)
 
 
-def report(error):
-    """One line for an error, and its exit code: 2 bad input, 1 the run went wrong, 130 Ctrl-C."""
-    if os.environ.get("TRACEBACK"):  # for developers: TRACEBACK=1 python cause.py
-        raise error
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    # a loader worker's error carries its traceback, whose last part counts; names may have line breaks
-    text = re.split(r"^\w+(?:Error|Exception): ", str(error).strip(), flags=re.M)[-1].replace("\n", "\\n")
-    text = text or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
-        text = "the GPU's memory is full; take a smaller --batch-size or --size"
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    return 1 if isinstance(error, ArithmeticError) else 2
+def say(text):
+    """One line on stderr, above a progress bar, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
 
-# ---------------------------------------------------------------- several processes (torchrun)
-# Every process holds the same weights and the same random state, and takes a contiguous share of the global
-# batch. Random numbers are drawn for the global batch, keys and negatives are gathered, gradients are
-# averaged: N processes compute what one process computes with the same global batch.
+# ---------------------------------------------------------------- processes (torchrun)
+# Each holds the same weights and takes its share of the batch; gradients are averaged.
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -208,22 +252,19 @@ def rank():
 
 
 def start_processes(device=None):
-    """Join the other processes of `torchrun`, if any, and choose this process's device."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        device = torch.device(device or accelerator or "cpu")
-    except RuntimeError:
-        raise ValueError(f"--device {device} is no device; cpu, cuda, cuda:1 are") from None
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type
-                                 or (device.index or 0) >= torch.accelerator.device_count()):
-        raise ValueError(f"--device {device}: this machine has no such device; --device cpu always works")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    """Join the other processes of `torchrun`, if any -> this process's device. ValueError."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    found = torch.accelerator.current_accelerator(check_available=True)
+    name, _, index = str(device or found or "cpu").partition(":")
+    if name != "cpu":
+        name += ":" + (os.environ["LOCAL_RANK"] if several else index or "0")
+        if name not in [f"{found}:{i}" for i in range(torch.accelerator.device_count())]:
+            raise ValueError(f"this machine has no {name}; --device cpu always works")
+        torch.accelerator.set_device_index(torch.device(name).index)
+        torch.set_float32_matmul_precision("high")
+    if several and not dist.is_initialized():
+        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+    return torch.device(name)
 
 
 class _Sum(torch.autograd.Function):
@@ -233,7 +274,7 @@ class _Sum(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
-    backward = forward                                            # every process's loss depends on the sum
+    backward = forward  # every process's loss depends on the sum
 
 
 def reduce_sum(x):
@@ -246,38 +287,23 @@ def gather(x):
     if world() == 1:
         return x
     rows = x.new_zeros(world(), *x.shape)
-    rows[rank()] = x                                              # the others fill in theirs
+    rows[rank()] = x  # the others fill in theirs
     return reduce_sum(rows).flatten(0, 1)
 
 
-def rand_rows(rows, *shape, device=None):
-    """Uniform numbers (rows, *shape) for this process's images: its share of a draw for the global batch."""
-    return torch.rand(world() * rows, *shape, device=device)[rank() * rows:(rank() + 1) * rows]
-
-
-def dropout(x, p, training, channels=False):
-    """Dropout on x (B, ...) by `rand_rows`; `channels`: of whole channels of (B, C, ...), as nn.Dropout2d."""
-    if not training or p == 0:
-        return x
-    shape = (x.shape[1],) + (1,) * (x.dim() - 2) if channels else x.shape[1:]
-    return (x * rand_rows(len(x), *shape, device=x.device).ge_(p).to(x.dtype)).div_(1 - p)
-
-
-def average_gradients(*modules):
-    """Mean of the gradients over all processes, in one message. Call it between backward() and step()."""
-    if world() == 1:
-        return
-    gradients = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
-    flat = nn.utils.parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat / world(), gradients)
+def average_gradients(module):
+    """From now on every backward() leaves the mean of a module's gradients over all processes."""
+    def mean(p):
+        dist.all_reduce(p.grad)
+        p.grad /= world()
+    for p in module.parameters() if world() > 1 and isinstance(module, nn.Module) else ():
+        if p.requires_grad and not hasattr(p, "averaged"):
+            p.averaged = p.register_post_accumulate_grad_hook(mean)
 
 
 # ---------------------------------------------------------------- a run
-
-class Drawn(torch.utils.data.Dataset):
-    """A data set whose random draws depend on (seed, step, place in the batch), not on the worker process."""
-
+class Seeded(Dataset):
+    """Items whose random draws depend on (seed, place in the epochs), not on who draws them."""
     def __init__(self, dataset):
         self.dataset = dataset
 
@@ -285,504 +311,502 @@ class Drawn(torch.utils.data.Dataset):
         (index, seed), error = key, ""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            for step in range(len(self.dataset)):                 # unreadable: the next image takes its place
+            for step in range(len(self.dataset)):  # unreadable: the next image takes its place
                 item = self.dataset[(index + step) % len(self.dataset)]
                 if not item["error"]:
                     return {**item, "error": error}
                 error = error or f"{item['path']}: {item['error']}"
-        raise OSError(f"no image could be read; the last one: {item['path']}: {item['error']}")
-
-
-@functools.lru_cache(1)
-def shuffled(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def together(items):
-    """Items as a batch. ValueError where their images have several shapes, as with --protocol whole."""
-    shapes = sorted({tuple(item["image"].shape[-2:]) for item in items})
-    if len(shapes) > 1:
-        raise ValueError(f"images of {shapes[0]} and {shapes[1]} pixels (height, width) cannot share a "
-                         "batch; --protocol stego, picie or squash makes them equal")
-    return torch.utils.data.default_collate(items)
+        raise OSError(f"no image could be read; the first one: {error}")
 
 
 def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: shuffled epochs, chained, so that every batch is full."""
+    """Batches of (index, seed) for this process: shuffled epochs, chained: every batch is full."""
+    @functools.lru_cache(1)
+    def shuffled(epoch):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     share = batch // world()
     for first in range(start * batch + rank() * share, steps * batch, batch):
-        yield [(shuffled(n, seed + place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
+        yield [(shuffled(place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
                for place in range(first, first + share)]
 
 
+collate = default_collate  # of items with images of one shape, else see EXPECTED
+
+
 def quiet_worker(_):
-    for number in (signal.SIGINT, signal.SIGTERM):                # sent to the whole group: the parent acts
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the parent acts
         signal.signal(number, signal.SIG_IGN)
 
 
+def batches(dataset, workers, **more):
+    """A DataLoader with a random state of its own: torch's stays untouched."""
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=quiet_worker,
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **more)
+
+
 class Run:
-    """One training run: its device, processes, random state, folder, log, checkpoints and progress bar.
-
-    The folder is made when the first step begins: bad input leaves nothing behind. It holds args.json,
-    log.jsonl and last.pt: {"method", "args", "model" (what scoring needs), "phase", "step", "state" (what
-    resuming needs), "rng"}. Raises ValueError where it already holds a run, or another process writes there.
-    """
-
-    def __init__(self, method, args):
+    """One training run. The folder is made when its first step begins, so that bad input leaves
+    nothing behind. `shared` is a generator that all processes hold alike; torch's own, which
+    dropout takes, differs between them."""
+    def __init__(self, method, args, images, val):
         self.method, self.args, self.device = method, args, start_processes(args.device)
-        self.rank, self.world = rank(), world()
+        self.rank, self.world, self.say = rank(), world(), say
         if args.batch_size % self.world:
-            raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {self.world} processes")
+            raise ValueError(f"--batch-size {args.batch_size} does not divide by {self.world}")
+        if args.out and not args.resume and os.path.lexists(f"{args.out}/args.json"):
+            raise ValueError(f"{args.out} already holds a run; --resume {args.out} goes on with it")
         if args.workers is None:
-            args.workers = 0 if args.data == "scenes" else 2
+            args.workers = 0 if args.data == "scenes" else 2 if self.device.type == "cpu" else 8
+        if args.arch == "dct8" and args.data not in DATA:
+            say("dct8 is useless on photographs; take a ViT, such as --arch dinov2_vits14")
         torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True
-        self.state, self.phase, self.step, self.terms, self.benched = {}, -1, 0, {}, {}
-        self.bad, self.stop, self.stepping, self.reported, self.timer = 0, 0, False, set(), None
-        self.lock = self.log = None
-        self.folder = self._choose_folder()
-        self.loaded = load_checkpoint(self.folder, method) if args.resume else None
-        signal.signal(signal.SIGINT, self._signal)
-        signal.signal(signal.SIGTERM, self._signal)
-
-    def _choose_folder(self):
-        args = self.args
-        name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
-        folder = Path(args.out or f"runs/{self.method}-{name}-{args.arch}-{args.seed}")
-        if args.out and not args.resume and (folder / "last.pt").exists():
-            raise ValueError(f"{folder} already holds a run; continue it with --resume {folder} or choose "
-                             "another --out")
-        number, base = 2, folder
-        while not args.out and folder.exists():                   # nothing is written over: the next number
-            folder, number = Path(f"{base}-{number}"), number + 1
-        box = [folder]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def _open_folder(self):
-        if self.phase == 0:
-            where = "" if self.args.bench else f", folder {self.folder}"
-            self.say(f"{self.method} on {self.args.data} with {self.args.arch}, seed {self.args.seed}, "
-                     f"{self.device}, {self.world} process{'es' * (self.world > 1)}, torch "
-                     f"{torch.__version__}{where}")
-        if self.lock or self.rank or self.args.bench:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
-        write(self.folder / "args.json", json.dumps(vars(self.args), indent=1).encode())
-        log = self.folder / "log.jsonl"
-
-        def is_done(line):                                        # steps after the checkpoint are done again
-            try:
-                entry = json.loads(line)
-                return (entry["number"], entry["step"]) <= (self.loaded["phase"], self.loaded["step"])
-            except (ValueError, KeyError, TypeError):             # a line that a power failure cut off
-                return False
-        lines = log.read_text(errors="replace").splitlines() if self.loaded and log.exists() else []
-        write(log, "".join(line + "\n" for line in lines if is_done(line)).encode())
-        self.log = open(log, "a", buffering=1)
-
-    def _signal(self, number, frame):
-        if self.stop or not self.stepping:                        # second Ctrl-C, or no step is under way
-            self.say(f"stopped{self._how_to_resume()}")
-            os._exit(128 + number)
-        self.stop = number
-        self.say("stopping after this step; press Ctrl-C again to stop at once")
-
-    def _how_to_resume(self):
-        if not (self.folder / "last.pt").exists() or self.args.bench:
-            return "; there is no checkpoint yet"
-        return f"; continue with: python {self.method}.py --resume {self.folder}"
-
-    def say(self, text):
-        """One line above the progress bar, from the first process only."""
-        if self.rank == 0:
-            tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
+        self.shared = torch.Generator(self.device).manual_seed(args.seed)
+        self.generators = [torch.default_generator, self.shared]
+        if self.device.type == "cuda":
+            self.generators.append(torch.cuda.default_generators[self.device.index])
+        self.folder = Path(args.resume or args.out or "")
+        self.loaded = load_checkpoint(args.resume, method) if args.resume else None
+        self.files = {"train": images.files(), "val": val.files()}
+        self.phase, self.stop, self.reported, self.figures, self.seconds = -1, 0, set(), {}, 0.0
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
-        cuda = self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def steps(self, phase, total, dataset, **state):
-        """Yield (step, batch) for one phase of training; everything named in `state` is saved and restored.
+    def rand(self, rows, *shape):
+        """Uniform numbers (rows, *shape): this process's rows of a draw for the global batch."""
+        drawn = torch.rand(self.world * rows, *shape, generator=self.shared, device=self.device)
+        return drawn[self.rank * rows:(self.rank + 1) * rows]
 
-        phase: name for log and progress bar. total: steps. dataset: items as data.Images gives them. state:
-        modules, optimizers (anything with state_dict) and tensors. A phase that a resumed run had finished
-        restores its state and yields nothing. With --bench, three batches are held in memory and timed.
-        """
-        self.state.update(state)
+    def keep(self, **state):
+        """What checkpoints hold from now on and --resume restores: modules, optimisers, tensors."""
+        self.kept = state
+        for x in state.values():
+            average_gradients(x)
+
+    def loop(self, phase, dataset, steps, batch_size=None):
+        """Yield (step, batch on the device) for one phase; nothing if a resumed run had finished
+        it. SIGINT and SIGTERM are caught here alone: the step ends, a checkpoint is written."""
+        args, self.batch_size = self.args, batch_size or self.args.batch_size
         self.phase, self.step, self.name = self.phase + 1, 0, phase
-        self._open_folder()
+        if self.phase == 0:
+            self._begin()
         if self.loaded:
-            self._restore(state)
+            self._restore()
             if self.loaded["phase"] > self.phase:
                 return
-            self.step = self.loaded["step"]
-            set_rng(self.loaded["rng"])
-            self.loaded = None
-        else:
-            self.save()                                           # resumable from its first step on
-        bench = self.args.bench
-        keys = order(len(dataset), self.args.batch_size, self.step, 3 if bench else total,
-                     self.args.seed * 10_000_019 + self.phase * 1_000_003)
-        loader = torch.utils.data.DataLoader(
-            Drawn(dataset), batch_sampler=keys, num_workers=0 if bench else self.args.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker, collate_fn=together,
-            generator=torch.Generator())                          # its own: ours stays untouched
-        if bench:
-            yield from self._bench(phase, [self._move(batch) for batch in loader])
+            self.step, self.loaded = self.loaded["step"], None
+        elif self.phase == 0:
+            self.save()  # resumable from its first step on
+        seed = args.seed * 10_000_019 + self.phase * 1_000_003
+        keys = order(len(dataset), self.batch_size, self.step, 3 if args.bench else steps, seed)
+        loader = batches(Seeded(dataset), args.workers, batch_sampler=keys)
+        if args.bench:
+            yield from self._bench([self._move(batch) for batch in loader])
             return
-        bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", dynamic_ncols=True,
-                   disable=self.rank > 0)
-        last, last_step = time.perf_counter(), self.step
-        self.stepping = True
+        self.saved, self.logged = time.monotonic(), (self.step, time.monotonic())
+        self.bar = tqdm(total=steps, initial=self.step, desc=phase, disable=self.rank > 0)
+        alone = self.world == 1 and threading.current_thread() is threading.main_thread()
+        old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if alone}
+
+        def stop(number, frame):
+            self.stop = number
+            signal.signal(number, old[number])  # the second one acts at once
+            say("stopping after this step; once more to stop at once")
         try:
+            for number in old:
+                signal.signal(number, stop)
             for batch in loader:
                 yield self.step, self._move(batch)
                 self.step += 1
-                bar.update()
-                if self.step % 10 == 0 or self.step == total:
-                    now = time.perf_counter()
-                    rate = (self.step - last_step) * self.args.batch_size / (now - last)
-                    last, last_step = now, self.step
-                    self._log(images_per_second=round(rate, 1), memory_gb=round(peak_memory(self.device), 3))
-                    bar.set_postfix_str(f"loss {self.terms.get('loss', math.nan):.3f}, {rate:.0f} images/s")
-                if self.stop or self.step % self.args.save_every == 0 or self.step == total:
+                self.bar.update()
+                if self.step % 10 == 0 or self.step == steps:
+                    self._write_log()
+                due = self.step % args.save_every == 0 if args.save_every else (
+                    time.monotonic() - self.saved > 600)
+                if due or self.stop or self.step == steps:
                     self.save()
                 if self.stop:
-                    bar.close()
-                    self.say(f"stopped at step {self.step} of {total} ({phase}){self._how_to_resume()}")
-                    sys.exit(128 + self.stop)
+                    say(f"stopped; go on with: python {self.method}.py --resume {self.folder}")
+                    raise KeyboardInterrupt if self.stop == signal.SIGINT else SystemExit(143)
         finally:
-            self.stepping = False
-            bar.close()
+            self.bar.close()
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _begin(self):
+        """Choose the folder and make it, or take up the resumed one; process 0 writes."""
+        args, model, writes = self.args, self.kept["model"], self.rank == 0 and not self.args.bench
+        self.backbone = digest(model.backbone) if hasattr(model, "backbone") else ""
+        name = args.out or f"runs/{self.method}-{Path(args.data).name}-{args.arch}-{args.seed}"
+        for k in itertools.count(1) if writes and not self.loaded else ():
+            self.folder = Path(f"{name}-{k}" if k > 1 else name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(*[FileExistsError] * (not args.out)):
+                (self.folder / "args.json").touch(exist_ok=False)  # the first free name is claimed
+                break
+        if self.world > 1:
+            dist.broadcast_object_list(box := [self.folder])
+            self.folder = box[0]
+            torch.manual_seed(args.seed + 1_000_003 * self.rank)  # each draws its own dropout
+        say(f"{self.method} on {args.data} with {args.arch}, seed {args.seed}, {self.device}, "
+            f"{self.world} process(es), torch {torch.__version__}, folder {self.folder}")
+        if self.loaded:
+            tell_differences(self.loaded, self.backbone, **self.files)
+        if writes:
+            with open(self.folder / "log.jsonl", "ab") as file:  # later steps are done again
+                file.truncate(min(file.tell(), self.loaded["log"] if self.loaded else 0))
+            write(self.folder / "args.json", json.dumps(vars(args), indent=1).encode())
 
     def _move(self, batch):
         for text in set(batch.get("error", ())) - {""} - self.reported:
             self.reported.add(text)
-            self.say(f"skipped an unreadable image: {text}")
+            say(f"skipped an unreadable image: {text}")
+        self.paths = batch.get("path", ())
         return {name: x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x
                 for name, x in batch.items()}
 
-    def finite(self, batch, **terms):
-        """Note the terms of the loss for the log. False: one is not finite, so the step must not be taken.
-
-        Raises FloatingPointError with the step, the term and the files once more than --skip-bad-steps were
-        bad. Reading the terms is the one synchronisation of a step; the next batch is being loaded meanwhile.
-        """
-        values = [torch.as_tensor(term, device=self.device).detach().float() for term in terms.values()]
-        values = torch.stack(values).tolist()
-        bad = [name for name, value in zip(terms, values) if not math.isfinite(value)]
-        if self.world > 1:  # all processes skip, and stop, at the same step
-            flags = torch.tensor([len(bad), self.stop], device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            bad, self.stop = bad or ["another process's loss"] * int(flags[0] > 0), int(flags[1])
-        if not bad:
-            self.terms = dict(zip(terms, values))
-            return True
-        self.bad += 1
-        text = (f"step {self.step} ({self.name}): {', '.join(bad)} is not finite; images: "
-                f"{', '.join(batch['path'])}")
-        if self.bad > self.args.skip_bad_steps:
+    def log(self, **terms):
+        """Scalars of this step, their mean over the processes, for the bar and the log: the one
+        wait for the device in a step. FloatingPointError before a step that is not finite."""
+        values = torch.stack([torch.as_tensor(x, device=self.device).detach().float()
+                              for x in terms.values()])
+        if self.world > 1:  # and all stop at the same step
+            dist.all_reduce(values)
+        self.terms = dict(zip(terms, (values / self.world).tolist()))
+        if bad := [name for name, value in self.terms.items() if not math.isfinite(value)]:
             self.save()  # the weights are those of the last good step
-            raise FloatingPointError(f"{text}; the state before it is in {self.folder / 'last.pt'}; lower "
-                                     f"--lr, or leave such steps out with --skip-bad-steps")
-        self.say(f"left out {text}")
-        return False
+            raise FloatingPointError(f"step {self.step} ({self.name}): {', '.join(bad)} is not "
+                                     f"finite; lower --lr; images: {', '.join(self.paths)}")
 
-    def _log(self, **more):
-        if self.log:
-            entry = {"phase": self.name, "number": self.phase, "step": self.step, **self.terms, **more}
-            self.log.write(json.dumps(entry) + "\n")
+    def _write_log(self):
+        """The last steps' speed and the last step's terms, to the bar and to log.jsonl."""
+        (step, begin), self.logged = self.logged, (self.step, time.monotonic())
+        rate = (self.step - step) * self.batch_size / max(self.logged[1] - begin, 1e-6)
+        left = (self.bar.total - self.step) * self.batch_size / rate / 60
+        self.bar.set_postfix_str(f"loss {self.terms.get('loss', 0):.3f}, {rate:.0f} images/s")
+        if step < 20 <= self.step and left > 1:
+            say(f"{self.name}: about {left:.0f} minutes more")
+        line = {"phase": self.name, "step": self.step, **self.terms, "images_per_second": rate,
+                "memory_gb": peak_memory(self.device)}
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
-    def save(self):
-        """Write RUN/last.pt: to a temporary file, then renamed, so that a whole checkpoint always exists."""
+    def save(self, done=False):
+        """Write RUN/last.pt. FloatingPointError in its place where a weight is not finite."""
         if self.rank or self.args.bench:
             return
-        saved = {name: trained(x) if hasattr(x, "state_dict") else x for name, x in self.state.items()}
-        save({"method": self.method, "args": vars(self.args), "model": saved.get("model"), "state": saved,
-              "phase": self.phase, "step": self.step, "rng": get_rng()}, self.folder / "last.pt")
-
-    def _restore(self, state):
-        path = self.folder / "last.pt"
+        state = {k: trained(x) if hasattr(x, "state_dict") else x for k, x in self.kept.items()}
         for name, x in state.items():
-            if name not in self.loaded["state"]:                  # going on would train it from the start
-                raise ValueError(f"{path} does not fit: {name} is missing")
-            saved = self.loaded["state"][name]
-            if isinstance(x, nn.Module):
-                load_trained(x, saved, path)
-                continue
-            try:
-                x.load_state_dict(saved) if hasattr(x, "load_state_dict") else x.data.copy_(saved)
-            except Exception as error:                            # torch raises many kinds for damage
-                raise ValueError(f"{path} does not fit: {name}: {type(error).__name__}: {error}") from None
+            tensors = x.values() if isinstance(x, dict) else [x]
+            if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t)):
+                raise FloatingPointError(f"step {self.step} ({self.name}): {name} is not finite; "
+                                         f"lower --lr; {self.folder} keeps its last good state")
+        log = self.folder / "log.jsonl"
+        save({"method": self.method, "args": vars(self.args), "model": state.pop("model"),
+              "state": state, "phase": self.phase, "step": self.step, "done": done,
+              "rng": [generator.get_state() for generator in self.generators],
+              "log": log.stat().st_size if log.exists() else 0,
+              "backbone": self.backbone, "images": self.files}, self.folder / "last.pt")
+        self.saved = time.monotonic()
 
-    # -------------------------------- frozen features
+    def _restore(self):
+        """Put back what is kept; in an earlier phase, what the checkpoint still holds of it."""
+        content, name = self.loaded, ""
+        saved = content["state"] | {"model": content["model"]}
+        finished = content["phase"] > self.phase or content["done"]
+        try:
+            for name, x in self.kept.items():
+                if name in saved or not finished:
+                    restore(x, saved[name])
+            name = "random state"
+            for generator, state in zip(self.generators, content["rng"], strict=True):
+                generator.set_state(state)
+        except Exception as error:  # torch raises many kinds for damage
+            raise ValueError(f"{self.folder}/last.pt does not fit: {name}: {error}") from None
+        if self.rank:  # the checkpoint holds process 0's
+            torch.manual_seed(content["step"] * self.world + self.rank + self.args.seed)
+
+    def clock(self):
+        """Seconds; with --bench the device's work is waited for."""
+        if self.args.bench and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _bench(self, loaded, warm_up=2):
+        args = self.args
+        for step in range(args.bench + warm_up):
+            if step == warm_up:
+                begin, self.seconds = self.clock(), 0.0
+            yield step, loaded[step % len(loaded)]
+        seconds = {"backbone": self.seconds, "step": self.clock() - begin}
+        ms = {name: 1000 * x / args.bench for name, x in seconds.items()}
+        self.figures[self.name] = figures = {
+            "phase": self.name, "method": self.method, "arch": args.arch, "size": args.size,
+            "batch_size": self.batch_size, "device": str(self.device),
+            "threads": torch.get_num_threads(), "ms": ms, "peak_gb": peak_memory(self.device),
+            "images_per_second": 1000 * self.batch_size / ms["step"],
+            "step_over_backbone": ms["step"] / ms["backbone"] if ms["backbone"] else None}
+        say(json.dumps(figures))
+        if args.json and self.rank == 0:
+            figures = self.figures.get("head", figures) | {"phases": self.figures}
+            write(args.json, json.dumps(figures, indent=1).encode())
+
     def features(self, backbone, dataset):
-        """-> function (images, index) -> (B,D,h,w) of the frozen backbone; --cache-features looks it up."""
-        if dataset.size:                                          # refused before the run folder is made
-            getattr(backbone, "backbone", backbone).grid(torch.empty(0, 3, dataset.size, dataset.size))
-        if self.args.compile:
-            backbone = torch.compile(backbone)
-        if self.args.cache_features and not self.args.bench:
-            return FeatureCache(self, backbone, dataset)
-
-        def compute(images, index=None):
-            with torch.no_grad(), self.autocast():
-                return backbone(images).float()
-        return compute
-
-    # -------------------------------- --bench
-    def mark(self, part):
-        """The time since the last mark was spent on `part`. Costs nothing without --bench."""
-        if self.timer is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            self.timer[part] = self.timer.get(part, 0) + now - self.since
-            self.since = now
-
-    def _bench(self, phase, batches, warm_up=2):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(self.args.bench + warm_up):
-            if step in (0, warm_up):
-                self.timer, self.since = {}, time.perf_counter()
-            yield step, batches[step % len(batches)]
-            self.mark("rest")
-        ms = {part: 1000 * seconds / self.args.bench for part, seconds in self.timer.items()}
-        self.timer, total = None, sum(ms.values())
-        rate = 1000 * self.args.batch_size / total
-        ratio = total / ms["backbone"] if ms.get("backbone") else None
-        figures = {"phase": phase, "method": self.method, "arch": self.args.arch, "size": self.args.size,
-                   "batch_size": self.args.batch_size, "device": str(self.device),
-                   "threads": torch.get_num_threads(), "ms": {**ms, "step": total}, "images_per_second": rate,
-                   "step_over_backbone": ratio, "peak_gb": peak_memory(self.device)}
-        self.benched[phase] = figures
-        parts = ", ".join(f"{part} {x:.1f} ms ({x / total:.0%})" for part, x in ms.items())
-        self.say(f"{phase}: {total:.1f} ms a step, {rate:.1f} images/s, peak {figures['peak_gb']:.2f} GB; "
-                 + parts + (f"; step / backbone {ratio:.2f}" if ratio else ""))
-        if self.args.json and self.rank == 0:                     # the phase "head" first, where there is one
-            main_phase = self.benched.get("head", figures)
-            write(Path(self.args.json), json.dumps({**main_phase, "phases": self.benched}, indent=1).encode())
+        """-> function batch -> (B,D,h,w), the frozen features: see `Features`."""
+        return Features(self, backbone, dataset)
 
 
-class FeatureCache:
-    """Frozen features of a data set as fp16 (n,D,h,w), computed once: kept in memory, on the GPU or in DIR.
-
-    Only for data without random pre-processing. In DIR the file name is a hash of weights, images and their
-    sizes, so that a stale file is never used. Raises ValueError where the features would not fit.
-    """
-
+class Features:
+    """features(batch): frozen features (B,D,h,w) of batch["image"] (B,3,H,W), without gradient,
+    bf16 on CUDA; features(batch, "positive"): of batch["positive"]. Makes `WithoutPlace` ready, and
+    with --cache-features a table of images x D x N x 2 bytes in RAM."""
     def __init__(self, run, backbone, dataset):
-        self.run, where = run, run.args.cache_features
-        loader = torch.utils.data.DataLoader(dataset, 16, num_workers=run.args.workers, collate_fn=together,
-                                             worker_init_fn=quiet_worker, generator=torch.Generator())
-        with torch.no_grad(), run.autocast():
-            shape = (len(dataset), *backbone(dataset[0]["image"][None].to(run.device)).shape[1:])
-        size, room = 2 * math.prod(shape), self._room(where)
-        if size > 0.9 * room:
-            raise ValueError(f"--cache-features {where}: {size / 1e9:.1f} GB of features, but only "
-                             f"{room / 1e9:.1f} GB are free; take another place, or none")
-        if where in ("ram", "gpu"):
-            place = run.device if where == "gpu" else "cpu"
-            self.table = torch.empty(shape, dtype=torch.float16, device=place)
-            self._fill(backbone, loader)
-        else:
-            file = Path(where) / f"features-{fingerprint(backbone, dataset)}.f16"
-            if not file.exists() or file.stat().st_size != size:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_suffix(f".{os.getpid()}.part")
-                self.table = map_file(part, shape, shared=True)
-                self._fill(backbone, loader)
-                os.replace(part, file)
-            self.table = map_file(file, shape, shared=False)
-        run.say(f"features of {len(dataset)} images: {size / 1e6:.0f} MB, {size // len(dataset)} bytes an "
-                f"image ({where})")
-        # their files are not opened again, so the data set must know which rows hold no features
-        dataset.unreadable = set(self.table[:, 0, 0, 0].isnan().nonzero().flatten().tolist())
-        dataset.read_images = False
+        self.run, self.table = run, None
+        self.backbone = torch.compile(backbone) if run.args.compile else backbone
+        for module in () if run.args.bench else backbone.modules():
+            if isinstance(module, WithoutPlace):
+                self._measure(module, dataset)
+        if run.args.cache_features and not run.args.bench:
+            self._fill(dataset)
 
-    def _room(self, where):
-        if where == "gpu":
-            if self.run.device.type != "cuda":
-                raise ValueError("--cache-features gpu needs a GPU; on a CPU take ram or a folder")
-            return torch.cuda.mem_get_info(self.run.device)[0]
-        if where == "ram":
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        folders = [Path(where), *Path(where).resolve().parents]
-        return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
+    @torch.no_grad()
+    def _compute(self, images, backbone=None):
+        with self.run.autocast():
+            return (backbone or self.backbone)(images.to(self.run.device)).float()
 
-    def _fill(self, backbone, loader):
-        for batch in tqdm(loader, "features", unit="batch", disable=self.run.rank > 0, dynamic_ncols=True):
-            with torch.no_grad(), self.run.autocast():
-                feats = backbone(batch["image"].to(self.run.device))
-            if not torch.isfinite(feats).all():
-                raise FloatingPointError(f"the backbone's features are not finite; images: "
-                                         f"{', '.join(batch['path'])}")
-            feats[torch.tensor([bool(error) for error in batch["error"]])] = math.nan
-            self.table[batch["index"].to(self.table.device)] = feats.half().to(self.table.device)
+    def _pass(self, dataset, what, backbone=None):
+        """Over a data set: (indices, features on the CPU, which images could be read)."""
+        loader = batches(dataset, self.run.args.workers, batch_size=16)
+        for batch in tqdm(loader, what, disable=self.run.rank > 0):
+            feats = self._compute(batch["image"], backbone).cpu()
+            yield batch["index"], feats, torch.tensor([not error for error in batch["error"]])
 
-    def __call__(self, images, index):
-        feats = self.table[index.to(self.table.device)].to(self.run.device, non_blocking=True).float()
-        return feats.nan_to_num()                                 # an unreadable image is like no other
+    def _measure(self, place, dataset):
+        """Take out the place if --remove-position says so, or if it explains little."""
+        if self.run.loaded:
+            saved = self.run.loaded["model"].get("backbone.place")
+            return load_trained({"place": place.place}, {"place": saved})
+        some = torch.linspace(0, len(dataset) - 1, min(2000, len(dataset))).long().tolist()
+        parts = self._pass(Subset(dataset, some), "places", place.backbone)
+        share = place.measure(feats[good] for _, feats, good in parts)
+        wanted = self.run.args.remove_position or share < PLACE_SHARE
+        place.place *= wanted
+        say(f"the place of a patch explains {share:.0%} of the features' variance and "
+            f"{'is taken out' if wanted else 'stays in'} (--remove-position, --no-remove-position)")
 
+    def _fill(self, dataset):
+        shape = len(dataset), *self._compute(dataset[0]["image"][None]).shape[1:]
+        say(f"--cache-features: {2 * math.prod(shape) / 1e6:,.0f} MB for {len(dataset):,} images")
+        self.table, unreadable = torch.empty(shape, dtype=torch.float16), set()  # (n,D,h,w)
+        for index, feats, good in self._pass(dataset, "features"):
+            self.table[index] = feats.half()
+            unreadable |= set(index[~good].tolist())
+        dataset.unreadable, dataset.read_images = unreadable, False  # files are not opened again
 
-def map_file(path, shape, shared):
-    """A file of fp16 numbers as a tensor; the system reads what is used. shared: writing reaches the file."""
-    size = math.prod(shape)
-    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.float16).view(shape)
+    def __call__(self, batch, name="image"):
+        if self.table is not None:
+            index = batch["index" if name == "image" else f"{name}_index"]
+            return self.table[index.cpu()].to(self.run.device, non_blocking=True).float()
+        begin = self.run.clock()
+        feats = self._compute(batch[name])
+        self.run.seconds += self.run.clock() - begin
+        return feats
 
 
 # ---------------------------------------------------------------- files
 
-CHECKPOINT = {"method": str, "args": dict, "model": (dict, type(None)), "phase": int, "step": int,
-              "state": dict, "rng": list}
+CHECKPOINT = {"method": str, "args": dict, "model": dict, "state": dict, "phase": int, "step": int,
+              "done": bool, "rng": list, "log": int, "backbone": str, "images": dict}
 
 
-def fingerprint(backbone, dataset):
-    """A name for (weights, images, pre-processing): 16 hex digits that change with any of them."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(repr((type(backbone).__name__, sorted((k, v) for k, v in vars(dataset).items()
-                        if isinstance(v, (str, int, float, tuple, type(None)))))).encode())
-    for path in getattr(dataset, "paths", ()):
-        stat = os.stat(path) if os.path.exists(path) else None
-        digest.update(os.fsencode(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"))    # any bytes
-    return digest.hexdigest()[:16]
-
-
-def lock(folder):
-    """Hold RUN/.lock as long as this process lives; the system frees it however the process ends."""
-    handle = open(folder / ".lock", "w")
+def write(path, content):
+    """Bytes -> file, by way of a temporary one that is renamed: at any time it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another run is writing to {folder}; wait for it or choose another --out") from None
-    return handle
-
-
-def write(path, data):
-    """Bytes -> file, by way of a temporary one that is renamed: a reader finds the old or the new whole."""
-    part = path.with_name(path.name + ".tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
+        with open(part, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}); the old one is intact") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error.strerror}); what it held before is intact") from None
 
 
 def save(content, path):
-    buffer = io.BytesIO()  # in memory first: torch.save may abort on a full disk
-    torch.save(content, buffer)
+    torch.save(content, buffer := io.BytesIO())  # straight to a file it may abort on a full disk
     write(path, buffer.getbuffer())
 
 
 def load_checkpoint(folder, method=None):
-    """The dictionary in RUN/last.pt, tensors and plain values only. Raises ValueError for anything else."""
+    """The dictionary in RUN/last.pt: tensors and plain values. ValueError for anything else."""
     path = Path(folder) / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} holds no trained run")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)
+        wrong = [k for k, kind in CHECKPOINT.items() if not isinstance(content[k], kind)]
+        wrong += [k for k, x in content["images"].items() if not isinstance(x, list)]
     except Exception as error:  # truncated, a pickle with code, no checkpoint at all
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or "
-                         "not ours") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k, ...), v)
-                                                for k, v in CHECKPOINT.items()):
-        raise ValueError(f"{path} is not a checkpoint of this project")
+        raise ValueError(f"{path} is no checkpoint of ours ({type(error).__name__})") from None
+    if wrong or content["step"] < 0:
+        raise ValueError(f"{path} is no checkpoint of ours ({', '.join(wrong)})")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
     return content
 
 
+def read(path):
+    """A file of torch.save: tensors and plain values. An Exception for anything else."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                raise ValueError("it unfolds to more than it is long")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def trained(x):
     """state_dict without the frozen backbone, which is loaded from its own file."""
-    return {k: v for k, v in x.state_dict().items() if not str(k).startswith("backbone.")}
+    return {k: v for k, v in x.state_dict().items()
+            if not str(k).startswith("backbone.") or k == "backbone.place"}
 
 
-def load_trained(module, saved, path):
-    """Inverse of `trained`. Raises ValueError naming the first key that does not fit."""
-    own = trained(module)
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} does not fit: it holds no weights for {type(module).__name__}")
-    for key in sorted(set(own) ^ set(saved), key=str):
-        wrong = "missing" if key in own else "unknown to this model"
-        raise ValueError(f"{path} does not fit: {key} is {wrong}")
+def compare(saved, wanted):
+    """Tensors {name: tensor} from a file beside those of a model -> a text for each difference."""
+    wrong = [f"no {k}" for k in wanted if not torch.is_tensor(saved.get(k))]
+    wrong += [f"unknown {k}" for k in saved if k not in wanted]
+    for k, x in saved.items() if not wrong else ():
+        size, right = ("x".join(map(str, t.shape)) for t in (x, wanted[k]))
+        kinds = {(t.layout, t.is_floating_point()) for t in (x, wanted[k])}
+        if size != right:
+            wrong.append(f"{k} is {size} instead of {right}")
+        elif len(kinds) > 1 or not x.isfinite().all():
+            wrong.append(f"{k} does not hold finite numbers")
+    return wrong[:3] + [f"{len(wrong) - 3} more"] * (len(wrong) > 3)
+
+
+@torch.no_grad()
+def load_trained(module, saved):
+    """Inverse of `trained`, for a module or {name: tensor}. ValueError where they do not fit."""
+    own = trained(module) if isinstance(module, nn.Module) else module
+    if wrong := compare(saved, own):
+        raise ValueError(", ".join(wrong))
     for key, x in own.items():
-        found = saved[key]
-        whole = torch.is_tensor(found) and found.layout is torch.strided and found.device.type == "cpu"
-        if not whole or (found.dtype, found.shape) != (x.dtype, x.shape):
-            raise ValueError(f"{path} does not fit: {key} should be {x.dtype} {tuple(x.shape)}")
-    module.load_state_dict(saved, strict=False)
+        x.copy_(saved[key])
 
 
-def get_rng():
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+def restore(x, saved):
+    """Put back a module, an optimiser or a tensor; raises an Exception where it does not fit."""
+    if isinstance(x, nn.Module):
+        return load_trained(x, saved)
+    if torch.is_tensor(x):
+        return load_trained({"it": x}, {"it": saved})
+    x.load_state_dict(saved)
+    for p, state in x.state.items() if isinstance(x, torch.optim.Adam) else ():
+        if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+            raise ValueError("its moments have not the shapes of its parameters")
 
 
-def set_rng(states):
-    try:
-        torch.set_rng_state(states[0])
-        if len(states) > 1 and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states[1])
-    except (TypeError, IndexError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint's random state is damaged ({error}); start the run again") from None
+def digest(module):
+    """A hash, 16 hex digits, of a frozen backbone's weights."""
+    found = hashlib.sha256()
+    for name, x in module.state_dict().items():
+        if not name.endswith("place"):
+            found.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def tell_differences(checkpoint, backbone, **files):
+    """A line for each thing that is not what the run was made with: backbone's weights, images."""
+    if backbone and checkpoint["backbone"] != backbone:
+        say("note: the backbone's weights are not those that the run was trained with")
+    for split, now in files.items():
+        if other := set(now) ^ set(map(str, checkpoint["images"].get(split, now))):
+            say(f"note: {len(other):,} {split} images are new, gone or changed, as {min(other)}")
 
 
 def peak_memory(device):
-    """Peak memory in GB: of the GPU, or of this process."""
+    """Peak memory in GB: of the GPU, or of this process (Windows does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024                # macOS counts bytes, Linux kilobytes
+    try:
+        import resource  # macOS counts bytes, Linux kilobytes
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def versions(device):
-    """What a figure depends on: versions, hardware, commit."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:                                               # no git on this machine
-        commit = "unknown"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "device": machine}
+    """What a figure depends on."""
+    cuda, cores = device.type == "cuda", f"cpu, {os.cpu_count()} cores"
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if cuda else cores}
 
 
 # ---------------------------------------------------------------- frozen backbones
 
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]         # of ImageNet: all backbones here expect it
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet, as all backbones expect
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+PLACE_SHARE = 1 / 3  # of the variance: below it, on a folder, the place is taken out
 
 
 class Backbone(nn.Module):
-    """What all backbones share: eval mode for good, sides that are multiples of the patch, an attention.
-    .dim is D, .patch the side of a patch in pixels, .prefix the number of tokens before the patches."""
+    """What backbones share: eval mode for good; .dim = D, .patch: its pixels, .prefix: tokens."""
     prefix = 0
 
-    def train(self, mode=True):                   # inside a model that trains, batch norm must not follow
+    def train(self, mode=True):  # inside a model that trains, batch norm must not follow
         return super().train(False)
 
     def grid(self, images):
         (H, W), p = images.shape[-2:], self.patch
         if H % p or W % p or not H or not W:
-            raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {p}; "
-                             f"take a multiple of {p} for --size")
+            raise ValueError(f"{H}x{W} pixels make no patches; --size takes a multiple of {p}")
         return H // p, W // p
 
     def forward_with_attention(self, images):
-        """(B,3,H,W) -> features (B,D,h,w), attention (B,1,N,N). Where a network has no attention of its own,
-        the soft-max over the cosines of its features stands for it: one head, no prefix tokens."""
+        """(B,3,H,W) -> features (B,D,h,w), soft-max (B,1,N,N) of the cosines between them."""
         feats = self(images)
-        unit = F.normalize(feats.flatten(2), dim=1)               # (B,D,N)
+        unit = F.normalize(feats.flatten(2), dim=1)  # (B,D,N)
         return feats, (unit.transpose(1, 2) @ unit).softmax(-1)[:, None]
+
+
+class WithoutPlace(Backbone):
+    """A backbone less what the place of a patch alone explains: the mean over the train images at
+    each place is taken out, the overall mean kept. `run.features` fills in `place` (D,h,w), for a
+    grid of `size` pixels; for other grids it is interpolated."""
+    def __init__(self, backbone, size):
+        super().__init__()
+        self.backbone, self.dim, self.patch = backbone, backbone.dim, backbone.patch
+        self.prefix, side = backbone.prefix, -(-size // backbone.patch)
+        self.register_buffer("place", torch.zeros(self.dim, side, side))
+
+    def less(self, feats):
+        return feats - F.interpolate(self.place[None], feats.shape[2:], mode="bilinear")
+
+    def forward(self, images):
+        return self.less(self.backbone(images))
+
+    def forward_with_attention(self, images):
+        feats, attention = self.backbone.forward_with_attention(images)
+        return self.less(feats), attention
+
+    def measure(self, parts):
+        """Take the place from parts (n,D,h,w) of the features -> its share of their variance."""
+        total, squares, n = 0.0, 0.0, 0
+        for feats in parts:
+            feats = feats.double()
+            total, squares, n = total + feats.sum(0), squares + feats.square().sum(), n + len(feats)
+        mean = total / n  # (D,h,w)
+        overall = mean.mean((1, 2), keepdim=True)
+        place, variance = mean - overall, squares / n - overall.square().sum() * mean[0].numel()
+        self.place.copy_(F.interpolate(place[None], self.place.shape[1:], mode="bilinear")[0])
+        return (place.square().sum() / variance.clamp(min=1e-12)).item()
 
 
 class Attention(nn.Module):
@@ -791,116 +815,107 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def queries_keys_values(self, x, rotary):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (B,heads,T,d)
-        return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v  # (B,heads,tokens,D/heads) each
 
     def forward(self, x, rotary=None):
         x = F.scaled_dot_product_attention(*self.queries_keys_values(x, rotary))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def map(self, x, rotary=None):
-        q, k, _ = self.queries_keys_values(x, rotary)             # fused attention never forms this matrix
-        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)                    # (B,heads,T,T)
+        q, k, _ = self.queries_keys_values(x, rotary)  # fused attention never forms this matrix
+        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)  # (B,heads,tokens,tokens)
 
 
 def rotate(x, sin, cos):
-    """Rotary positions for the last N of (B,heads,T,d) tokens: channel c with c + d/2; sin, cos (N,d)."""
+    """Rotary positions for the last N tokens of x, channel c with c + half; sin, cos (N,width)."""
     prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+def MLP(dim, hidden):
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(),
+                                     fc2=nn.Linear(hidden, dim)))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp, scale, eps):
+    def __init__(self, dim, heads, mlp, scales, eps):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps), Attention(dim, heads), scale(dim)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps), mlp(dim, 4 * dim), scale(dim)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps), mlp(dim, 4 * dim)
+        self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in scales}) for _ in "12")
 
     def forward(self, x, rotary=None):
-        x = x + self.ls1(self.attn(self.norm1(x), rotary))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x), rotary) * self.ls1.get("gamma", 1)
+        return x + self.mlp(self.norm2(x)) * self.ls2.get("gamma", 1)
 
 
 class ViT(Backbone):
-    """(B,3,H,W) -> (B,D,h,w): the patch tokens after the last block and the final norm.
-
-    Parameters carry the names of DINO's state dict. The stored table of positions has side x side patches
-    (default: 224 pixels); `position` is the authors' rule for another grid: offset (DINO: (h + 0.1) / side),
-    size, antialias, or rotary (DINOv3, no table). SelfPatch has neither class token nor final norm.
-    """
-    def __init__(self, dim, depth, heads, patch, side=None, position="offset", cls=True, registers=0,
-                 layer_scale=False, swiglu=False, norm=True, eps=1e-6):
+    """(B,3,H,W) -> (B,D,h,w): the patch tokens after the last block and the final norm. `position`
+    is the authors' rule for a grid other than side x side: offset (DINO: (h + 0.1) / side), size,
+    antialias, or rotary (DINOv3, no table). SelfPatch has neither class token nor final norm."""
+    def __init__(self, dim, depth, heads, patch, side=None, position="offset", cls=True,
+                 registers=0, layer_scale=False, swiglu=False, norm=True, eps=1e-6):
         super().__init__()
-        self.dim, self.patch, self.position, self.prefix = dim, patch, position, int(cls) + registers
-        self.side = side or 224 // patch
+        self.dim, self.patch, self.position = dim, patch, position
+        self.prefix, self.side = int(cls) + registers, side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
 
         def tokens(n):
-            return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)) if n else None
+            x = torch.empty(1, n, dim)
+            return nn.Parameter(nn.init.trunc_normal_(x, std=0.02)) if n else None
         self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
         self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
-        if position == "rotary":                                  # wavelengths in units of half an image side
+        if position == "rotary":  # wavelengths in units of half an image side
             n = dim // heads // 4
             self.register_buffer("periods", 100 ** (torch.arange(n) / n))
-        mlp, scale = SwiGLU if swiglu else MLP, LayerScale if layer_scale else nn.Identity
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp, scale, eps) for _ in range(depth))
+        mlp, scales = SwiGLU if swiglu else MLP, ["gamma"] * layer_scale
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp, scales, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
     def positions(self, h, w):
-        """The stored table for a grid of h x w patches, by the authors' own rule: (1, cls + h*w, D)."""
+        """The stored table for a grid of h x w patches, by the authors' rule: (1, cls + N, D)."""
         n = self.side
         if h == w == n:
             return self.pos_embed
         cls, table = self.pos_embed.float().tensor_split([-n * n], dim=1)
-        how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)} if self.position == "offset" else \
-            {"size": (h, w), "antialias": self.position == "antialias"}
+        how = {"size": (h, w), "antialias": self.position == "antialias"}
+        if self.position == "offset":
+            how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)}
         table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
         return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
 
     def rotary(self, h, w):
-        """sin and cos (N, D/heads) of the angles: y of a patch centre first, then x, both in (-1, 1)."""
-        y, x = (((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1) for n in (h, w))
-        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)        # (N,2)
+        """sin, cos (N, D/heads) of the angles: y of a patch's centre, then x, both in (-1, 1)."""
+        device = self.periods.device
+        y, x = (((torch.arange(n, device=device) + 0.5) / n * 2 - 1) for n in (h, w))
+        centres = torch.cartesian_prod(y, x)  # (N,2)
         angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
         return angles.sin(), angles.cos()
 
     def tokens(self, images, with_map=False):
-        """-> tokens (B, prefix + N, D) after the final norm, attention of the last block or None, (h, w)."""
+        """-> tokens (B,prefix+N,D) after the final norm, last block's attention or None, (h, w)."""
         h, w = self.grid(images)
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)                     # (B,N,D)
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B,N,D)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         rotary = self.rotary(h, w) if self.position == "rotary" else None
-        if rotary is None:
+        if not rotary:
             x = x + self.positions(h, w)
-        if self.register_tokens is not None:                      # after the class token, without position
+        if self.register_tokens is not None:  # after the class token, without position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks[:-1]:
             x = block(x, rotary)
@@ -908,24 +923,24 @@ class ViT(Backbone):
         attention = last.attn.map(last.norm1(x), rotary) if with_map else None
         return self.norm(last(x, rotary)), attention, (h, w)
 
-    def forward(self, images):
-        tokens, _, grid = self.tokens(images)
-        return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
+    def forward(self, images, with_map=False):
+        tokens, attention, grid = self.tokens(images, with_map)
+        feats = tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
+        return (feats, attention) if with_map else feats
 
     def forward_with_attention(self, images):
-        """-> features (B,D,h,w), soft-maxed attention of the last block (B,heads,prefix+N,prefix+N)."""
-        tokens, attention, grid = self.tokens(images, with_map=True)
-        return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, grid), attention
+        """-> features (B,D,h,w), last block's attention (B,heads,prefix+N,prefix+N), soft-maxed."""
+        return self(images, with_map=True)
 
 
 class ResNet50(Backbone):
-    """torchvision's ResNet-50 with its last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,H/8,W/8)."""
+    """torchvision's ResNet-50, last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,h,w)."""
     dim, patch = 2048, 8
 
     def __init__(self):
         super().__init__()
-        net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=(False, True, True))
-        for name, child in list(net.named_children())[:-2]:       # without avgpool and fc, names unchanged
+        net = torchvision.models.resnet50(replace_stride_with_dilation=(False, True, True))
+        for name, child in list(net.named_children())[:-2]:  # no avgpool, no fc; names unchanged
             self.add_module(name, child)
 
     def forward(self, images):
@@ -936,41 +951,37 @@ class ResNet50(Backbone):
 
 
 class DCT8(Backbone):
-    """A backbone without weights: what the 8x8 DCT says about a patch. (B,3,H,W) -> (B,2*C,H/8,W/8).
-
-    C = 12: mean colour, log energy of nine bands of the luminance (three octaves, three orientations); the
-    other half is their average over the 5x5 patches around. The constant makes the energies of drawn scenes
-    zero on average, so that cosines between patches take both signs.
-    """
-    patch = 8
+    """A backbone without weights, what the 8x8 DCT says about a patch: (B,3,H,W) -> (B,24,h,w).
+    Mean colour, log energy of nine bands of the luminance (three octaves, three orientations), and
+    the average of these 12 over 5x5 patches; energies of drawn scenes are zero on average."""
+    dim, patch = 24, 8
 
     def __init__(self):
         super().__init__()
         k = torch.arange(8.0)
         basis = torch.cos(torch.pi * k[:, None] * (k + 0.5) / 8)
-        basis = basis * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()          # orthonormal rows
-        self.register_buffer("basis", torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8))
+        basis = basis * torch.where(k == 0, 0.125, 0.25)[:, None].sqrt()  # orthonormal rows
+        products = torch.einsum("uy,vx->uvyx", basis, basis).reshape(64, 1, 8, 8)
         v, u = k.repeat(8), k.repeat_interleave(8)
-        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))   # of 0, 1, 2..3, 4..7
-        lean = (u > 2 * v).long() - (v > 2 * u).long()            # change mostly downwards, diagonal, across
+        octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))
+        lean = (u > 2 * v).long() - (v > 2 * u).long()  # change downwards, diagonal, across
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
-        self.register_buffer("bands", F.one_hot(band + 1, 10)[:, 1:].float().T.reshape(9, 64, 1, 1))
-        self.register_buffer("grey", torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD)
-        self.dim = 2 * 12
+        bands = (band == torch.arange(9)[:, None]).float().reshape(9, 64, 1, 1)
+        grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD.to(k.device)
+        for name, x in (("basis", products), ("bands", bands), ("grey", grey)):
+            self.register_buffer(name, x)
 
     def forward(self, images):
         self.grid(images)
-        grey = (images * self.grey).sum(1, keepdim=True)          # (B,1,H,W)
-        energy = F.conv2d(F.conv2d(grey, self.basis, stride=8) ** 2, self.bands)            # (B,9,h,w)
-        colour = F.avg_pool2d(images, 8)
-        own = torch.cat((colour, (energy + 1e-3).log() / 2 + 2.5), 1)
-        around = F.avg_pool2d(own, 5, 1, 2, count_include_pad=False)
-        return torch.cat((own, around), 1)
+        grey = (images * self.grey).sum(1, keepdim=True)  # (B,1,H,W)
+        energy = F.conv2d(F.conv2d(grey, self.basis, stride=8) ** 2, self.bands)  # (B,9,h,w)
+        own = torch.cat((F.avg_pool2d(images, 8), (energy + 1e-3).log() / 2 + 2.5), 1)
+        return torch.cat((own, F.avg_pool2d(own, 5, 1, 2, count_include_pad=False)), 1)
 
 
 # ---------------------------------------------------------------- names of backbones
 
-SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}         # width, blocks; heads of 64 channels
+SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}  # width, blocks; heads of 64 channels
 V2 = dict(side=37, layer_scale=True)
 V3 = dict(position="rotary", registers=4, layer_scale=True, eps=1e-5)
 FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(position="size"),
@@ -979,327 +990,209 @@ FAMILIES = {"dino": {}, "ibot": {}, "msn": dict(position="size"), "mae": dict(po
             "dinov3": V3, "dinov3_plus": V3 | dict(swiglu=True)}
 
 META = "https://dl.fbaipublicfiles.com/"
-DINO = META + "dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
-DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
-IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/{}/checkpoint_teacher.pth"
-DINOV3 = "https://github.com/facebookresearch/dinov3 (accept the licence, take dinov3_{}.pth)"
-ARCHS = {  # name: (address, bytes, sha256 or its first digits; None: unpublished), or where to get it by hand
-    "dct8": None,
-    "vits16": (DINO.format("deitsmall16"), None, None),
-    "vits8": (DINO.format("deitsmall8_300ep"), 86728949,          # the file of STEGO and HP, not the hub's
-              "10fee18a0e7714de9005f9d56975ca8993d5fb87dab867868e528132d2be176c"),
-    "vitb16": (DINO.format("vitbase16"), None, None),
-    "vitb8": (DINO.format("vitbase8"), 343279349,
-              "575f0efc4838938314afa09897a62ed2b87919928b5edcd133abb907328995eb"),
-    "resnet50": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", None, "0676ba61"),
-    "dino_vits8_hub": (DINO.format("deitsmall8"), 86728949,
-                       "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"),
-    "dino_resnet50": (DINO.format("resnet50"), None, None),
-    "mocov2_resnet50": (META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
-                        None, None),
-    "dinov2_vits14": (DINOV2.format("vits14", ""), 88283115,
-                      "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "dinov2_vitb14": (DINOV2.format("vitb14", ""), 346378731,
-                      "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    "dinov2_vitl14": (DINOV2.format("vitl14", ""), 1217586395,
-                      "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    "dinov2_vits14_reg": (DINOV2.format("vits14", "_reg4"), None,
-                          "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
-    "dinov2_vitb14_reg": (DINOV2.format("vitb14", "_reg4"), None,
-                          "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
-    "dinov2_vitl14_reg": (DINOV2.format("vitl14", "_reg4"), None,
-                          "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"),
-    "ibot_vits16": (IBOT.format("vits_16"), None, None), "ibot_vitb16": (IBOT.format("vitb_16"), None, None),
-    "msn_vits16": (META + "msn/vits16_800ep.pth.tar", None, None),
-    "msn_vitb16": (META + "msn/vitb16_600ep.pth.tar", None, None),
-    "mae_vitb16": (META + "mae/pretrain/mae_pretrain_vit_base.pth", None, None),
-    "selfpatch_vits16": "https://drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw",
+DINO = META + "dino/dino_{0}_pretrain/dino_{0}_pretrain.pth {1}"
+DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth {2}"
+IBOT = ("https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/{}/"
+        "checkpoint_teacher.pth")
+DINOV3 = "by hand: accept the licence at github.com/facebookresearch/dinov3, take dinov3_{}.pth"
+ARCHS = {  # name: "address sha256" (first digits, if known), or how to get it by hand
+    "dct8": "by hand: it has no weights",
+    "vits16": DINO.format("deitsmall16", ""),
+    "vitb16": DINO.format("vitbase16", ""),
+    "vits8": DINO.format("deitsmall8_300ep", "10fee18a0e7714de9005f9d56975ca89"),  # STEGO's, HP's
+    "dino_vits8_hub": DINO.format("deitsmall8", "55c8b267f479b614ec20858947ce361b"),  # CAUSE's
+    "vitb8": DINO.format("vitbase8", "575f0efc4838938314afa09897a62ed2"),
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth 0676ba61",
+    "dino_resnet50": DINO.format("resnet50", ""),
+    "mocov2_resnet50": META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+    "dinov2_vits14": DINOV2.format("vits14", "", "b938bf1bc15cd2ec0feacfe3a1bb553f"),
+    "dinov2_vitb14": DINOV2.format("vitb14", "", "0b8b82f85de91b424aded121c7e1dcc2"),
+    "dinov2_vitl14": DINOV2.format("vitl14", "", "d5383ea8f4877b2472eb973e0fd72d55"),
+    "dinov2_vits14_reg": DINOV2.format("vits14", "_reg4", "f433177089a681826f849f194ece3bb4"),
+    "dinov2_vitb14_reg": DINOV2.format("vitb14", "_reg4", "73182a088cf94833c94b1666d1c99e02"),
+    "dinov2_vitl14_reg": DINOV2.format("vitl14", "_reg4", "36e4deffbaef061a2576705b0c36f936"),
+    "ibot_vits16": IBOT.format("vits_16"),
+    "ibot_vitb16": IBOT.format("vitb_16"),
+    "msn_vits16": META + "msn/vits16_800ep.pth.tar",
+    "msn_vitb16": META + "msn/vitb16_600ep.pth.tar",
+    "mae_vitb16": META + "mae/pretrain/mae_pretrain_vit_base.pth",
+    "selfpatch_vits16": "by hand: drive.google.com/file/d/19eeQrK-nl4B9ksFQ_QnewGHVKYDQF4Yw",
     "dinov3_vits16": DINOV3.format("vits16_pretrain_lvd1689m-08c60483"),
     "dinov3_vits16plus": DINOV3.format("vits16plus_pretrain_lvd1689m-4057cbaa"),
     "dinov3_vitb16": DINOV3.format("vitb16_pretrain_lvd1689m-73cec8be"),
 }
+NAME = re.compile(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?")
 
 
-def build(arch, heads=None):
-    """The untrained network of a name in ARCHS."""
-    if arch == "dct8":
-        return DCT8()
-    if arch.endswith("resnet50"):
-        return ResNet50()
-    family, size, patch, variant = re.fullmatch(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?", arch).groups()
-    family = f"{family or 'dino'}_{variant}" if variant in ("reg", "plus") else family or "dino"
-    dim, depth = SIZES[size]
-    if heads and dim % heads:
-        raise ValueError(f"{heads} heads do not divide the width {dim} of {arch}")
-    return ViT(dim, depth, heads or dim // 64, int(patch), **FAMILIES[family])
+def patch_of(arch):
+    """Side of a patch in pixels; 1 for networks that take any size."""
+    vit = NAME.fullmatch(arch)
+    return 1 if arch not in ARCHS else int(vit[3]) if vit else 8
 
 
 def load_backbone(arch, weights=None, depth=None, heads=None):
-    """A frozen backbone in eval mode with .dim and .patch: (B,3,H,W), ImageNet-normalised -> (B,D,h,w).
+    """A frozen backbone in eval mode with .dim and .patch: normalised (B,3,H,W) -> (B,D,h,w).
 
-    arch     a name in ARCHS
-    weights  None: the authors' file, downloaded on first use; a file in a published layout; "none": untrained
+    weights  None: the authors' file, downloaded on first use; a file in a published layout; "none"
     depth    keep the first `depth` blocks of a ViT, then its final norm
-    heads    heads of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
-    Raises ValueError for an unknown name or for weights that are not the whole of this architecture.
+    heads    of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
+    ValueError for an unknown name, or weights that are not the whole of this architecture.
     """
     if arch not in ARCHS:
-        raise ValueError(f"unknown backbone {arch!r}{nearest(arch, ARCHS)}")
-    with torch.random.fork_rng(devices=[]):                       # the caller's draws stay what they were
+        raise ValueError(f"unknown backbone {arch!r}{did_you_mean(arch, ARCHS)}")
+    make = {"dct8": DCT8}.get(arch, ResNet50)
+    if vit := NAME.fullmatch(arch):
+        family, size, patch, variant = vit.groups("dino")
+        family += f"_{variant}" * (variant in ("reg", "plus"))
+        width, blocks = SIZES[size]
+        if heads and width % heads:
+            raise ValueError(f"{heads} heads do not divide the width {width} of {arch}")
+        heads = heads or width // 64
+        make = functools.partial(ViT, width, blocks, heads, int(patch), **FAMILIES[family])
+    with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they were
         torch.default_generator.manual_seed(0)
-        backbone = build(arch, heads)
+        backbone = make()
     blocks = len(getattr(backbone, "blocks", ()))
     if depth is not None and not 1 <= depth <= blocks:
         raise ValueError(f"--depth {depth} does not go with {arch}: it has {blocks or 'no'} blocks")
     if arch == "dct8" and weights not in (None, "none"):
         raise ValueError(f"dct8 has no weights; {weights} needs the --arch that it was trained as")
     if arch != "dct8" and weights != "none":
-        load_weights(backbone, weights or published(arch), arch)
+        load_weights(backbone, weights or fetch(arch), arch)
     if depth is not None:
         del backbone.blocks[depth:]
     return backbone.requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- reading weights
-
 class Inert:
-    """Stands for any Python object pickled beside tensors: made from anything, it keeps its .state."""
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
+    """Stands for any Python object pickled beside tensors; a plain one is an empty dictionary."""
+    def __new__(cls, *args, **kwargs):  # numpy's have several arguments, and a state of their own
+        return OrderedDict() if len(args) < 2 else super().__new__(cls)
 
     def __setstate__(self, state):
-        self.state = state
+        pass
 
 
-class InertDict:
-    """The same for kinds of dictionaries: torch fills in items of plain ones only."""
-    def __new__(cls, *args, **kwargs):
-        return collections.OrderedDict()
-
-
-# what trainers leave in checkpoints (options, callbacks, counters); a file that names other things is refused
-HARMLESS = re.compile(
-    r"(argparse|collections|(pytorch_)?lightning\w*|numpy|omegaconf|pathlib|torch|torchmetrics|typing)\..+|"
-    r"builtins\.(bool|complex|dict|float|frozenset|int|list|object|set|str|tuple)")
+# what trainers leave in checkpoints; files that name anything else are refused
+HARMLESS = re.compile(r"(argparse|builtins|collections|(pytorch_)?lightning\w*|numpy|omegaconf|"
+                      r"pathlib|torch|torchmetrics|typing)\..+")
 
 
 def read_tensors(path):
-    """What a published checkpoint holds: tensors and plain values; a trainer's objects come as Inert.
-
-    Reads torch.save's files (weights_only=True: nothing is run) and safetensors. Raises ValueError or
-    FileNotFoundError.
-    """
+    """A published checkpoint: tensors, plain values, `Inert` for objects; nothing in it is run."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}" + path.is_dir() * ": it is a directory")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        raise FileNotFoundError(f"no file of weights: {path}" + path.is_dir() * " is a directory")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:                                # a file that names more than tensors
-        pass
-    except Exception as error:
-        raise ValueError(f"{path} is no whole file of weights ({type(error).__name__})") from None
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:                                             # before torch 1.6 files were no zips
-        raise ValueError(f"{path} is no file of weights, or one of torch's old format with Python objects "
-                         "beside its tensors; nothing was run") from None
-    alien = [name for name in names if not HARMLESS.fullmatch(name)]
-    if alien:
-        raise ValueError(f"{path} names {alien[0]}, which has no place in a file of weights; nothing was run")
-    dicts = re.compile(r"builtins\.dict|collections\.\w+|.*\.AttributeDict")
-    inert = [(InertDict if dicts.fullmatch(name) else Inert, name) for name in names]
-    try:
-        with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read without running it ({type(error).__name__})") from None
+        new = zipfile.is_zipfile(path)  # in torch's old format objects are refused
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if new else ()
+        if alien := [name for name in names if not HARMLESS.fullmatch(name)]:
+            raise ValueError(f"it names {alien[0]}, which has no place in a file of weights")
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            return read(path)
+    except Exception as error:  # damaged or hostile
+        text = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is no whole file of weights ({text}); nothing was run") from None
 
 
-def read_safetensors(path):
-    """Little-endian: 8 bytes of header length, JSON {name: {dtype, shape, data_offsets}}, then the data."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-    raw, tensors = path.read_bytes(), {}
-    start = 8 + int.from_bytes(raw[:8], "little")
-    try:
-        header = json.loads(raw[8:start])
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                if not 0 <= first <= last <= len(raw) - start:
-                    raise ValueError
-                data = bytearray(raw[start + first:start + last])
-                tensors[name] = torch.frombuffer(data, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
-        raise ValueError(f"{path} is no whole safetensors file of floating-point weights") from None
-    return tensors
-
-
-# names of timm and of the transformers library -> DINO's, one after the other
-RENAME = [(re.compile(a), b) for a, b in (
-    (r"^embeddings\.", ""), (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"^position_embeddings$", "pos_embed"), (r"^(reg_token|storage_tokens)$", "register_tokens"),
-    (r"^rope_embed\.periods$", "periods"),
-    (r"^(encoder\.layer|model\.layer|layers?)\.(\d+)\.", r"blocks.\2."),
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                    # DINOv2's training files have chunks
-    (r"\.attention\.(?:attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\1."),
-    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),    # before output.dense, which it contains
-    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"\.gamma_(\d)$", r".ls\1.gamma"))]
-PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
-GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3", "fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
+WRAPPERS = "teacher target_encoder model state_dict model_ema net_model_state_dict".split()
+PREFIXES = "_orig_mod. module. backbone. encoder_q. net.model. model.".split()
 # what published files hold beside the backbone: mask tokens, heads, decoders, prototypes
-DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|classifier|"
-                  r"projection_head|prototypes)(\.|$)")
-
-
-def backbone_tensors(content):
-    """The tensors of the backbone in a checkpoint: unwrapped, without common prefixes, heads dropped."""
-    content = content if isinstance(content, dict) else {}
-    wrappers = "teacher", "target_encoder", "model", "state_dict", "model_ema", "net_model_state_dict"
-    content = next((content[key] for key in wrappers if isinstance(content.get(key), dict)), content)
-    state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    for prefix in ("_orig_mod.", "module.", "backbone.", "encoder_q.", "net.model.", "model.", "vit.",
-                   "dinov2.", "dinov2_with_registers.", "dinov3_vit."):
-        inside = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-        if inside and not any(k.startswith("layer.") for k in inside):                 # DINOv3: model.layer.N
-            state = inside
-    return {k: v for k, v in state.items() if not DROP.match(k)}
-
-
-def dino_names(state, model):
-    """Tensors of a ViT in the names of timm, the transformers library or the authors -> those of `model`."""
-    mlp = GATED if any(".w1." in name for name, _ in model.named_parameters()) else PLAIN
-    out = {}
-    for name, tensor in state.items():
-        for pattern, ours in RENAME:
-            name = pattern.sub(ours, name)
-        out[re.sub(r"(?<=\.mlp\.)\w+", lambda m: mlp.get(m[0], m[0]), name)] = tensor
-    out = {k: v for k, v in out.items() if not DROP.match(k)}
-    if "reg_token" in state and "pos_embed" in out:               # timm: cls_token includes its position
-        out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
-    for i in range(len(model.blocks)):
-        at = f"blocks.{i}.attn."
-        for kind in ("weight", "bias"):
-            parts = {x: out.pop(f"{at}{x}.{kind}") for x in "qkv" if f"{at}{x}.{kind}" in out}
-            if parts and (kind == "bias" or len(parts) == 3):     # DINOv3's k has no bias
-                zero = torch.zeros_like(next(iter(parts.values())))
-                out[f"{at}qkv.{kind}"] = torch.cat([parts.get(x, zero) for x in "qkv"])
-        if model.position == "rotary":
-            bias = out.get(at + "qkv.bias", torch.zeros(3 * model.dim)).clone()
-            bias *= out.pop(at + "qkv.bias_mask", torch.ones(())).nan_to_num(1)             # NaN: not filled
-            bias[model.dim:2 * model.dim] = 0
-            out[at + "qkv.bias"] = bias
-    if model.position == "rotary":
-        out.setdefault("periods", model.periods)                  # the authors' own are rounded to bf16
-    return out
-
-
-def traits(state):
-    """What tells architectures apart, read from a state dict in DINO's or torchvision's names."""
-    shape = {k: tuple(v.shape) for k, v in state.items()}
-    conv = shape.get("patch_embed.proj.weight", ())
-    if len(conv) != 4:
-        return {"kind": "ResNet" if "layer1.0.conv1.weight" in shape else "neither ViT nor ResNet"}
-    return {"kind": "ViT", "width": conv[0], "patch": conv[3],
-            "blocks": len({k.split(".")[1] for k in shape if k.startswith("blocks.")}),
-            "class token": "cls_token" in shape, "registers": (*shape.get("register_tokens", ()), 0, 0)[1],
-            "position table": (*shape.get("pos_embed", ()), 0, 0)[1],
-            "LayerScale": any("ls1." in k for k in shape),
-            "SwiGLU": any(".mlp.w1." in k for k in shape), "final norm": "norm.weight" in shape}
+DROP = re.compile(r"(mask_token|masked_embed|local_cls_norm|head|fc|pred|decoder\w*|pooler|"
+                  r"classifier|projection_head|prototypes)(\.|$)|.*\.bias_mask$")
+# names in DINOv2's and DINOv3's own files -> DINO's; DINOv2's training files have chunks of blocks
+RENAME = ((r"^storage_tokens$", "register_tokens"), (r"^rope_embed\.periods$", "periods"),
+          (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."))
 
 
 def load_weights(model, path, arch):
-    """Fill `model` from a file in any published layout, all of it or nothing; ValueError: what differs."""
-    state, wanted = backbone_tensors(read_tensors(path)), model.state_dict()
-    try:
-        state = dino_names(state, model) if isinstance(model, ViT) else state
-    except RuntimeError:                                          # q, k and v that do not fit together
-        raise ValueError(f"{path} does not fit {arch}: its attention matrices have other shapes") from None
-    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    wrong = [f"no {k}" for k in wanted if k not in state and k not in optional]
-    wrong += [f"unknown {k}" for k in state if k not in wanted]
-    wrong += [f"{k} is {'x'.join(map(str, v.shape))} instead of {'x'.join(map(str, wanted[k].shape))}"
-              for k, v in state.items() if k in wanted and v.shape != wanted[k].shape]
-    if wrong:
-        ours, theirs = traits(wanted), traits(state)
-        other = [f"{k} {theirs[k]} instead of {v}" for k, v in ours.items() if k in theirs and theirs[k] != v]
-        keys = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise ValueError(f"{path} does not fit {arch}: {', '.join(other + [keys])}")
-    for name, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or name not in optional and not (
-                tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{path} is no trained {arch}: {name} does not hold finite float numbers")
-    model.load_state_dict({k: wanted[k] for k in optional} | state, strict=True)          # fp16 -> float32
+    """Fill `model` from a file in a published layout, or not at all; ValueError: what differs."""
+    content, wanted = read_tensors(path), model.state_dict()
+    content = content if isinstance(content, dict) else {}
+    inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+    state = {str(k): v for k, v in (inner or [content])[0].items() if torch.is_tensor(v)}
+    for prefix in PREFIXES:
+        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)} or state
+    state = {k: v for k, v in state.items() if not DROP.match(k)}
+    for pattern, name in RENAME:
+        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    own = {k: x for k, x in wanted.items() if k.endswith(("num_batches_tracked", "periods"))}
+    state = own | state  # files may lack these
+    if wrong := compare(state, wanted):
+        raise ValueError(f"{path} does not fit {arch}: {', '.join(wrong)}")
+    model.load_state_dict(state)  # fp16 -> float32
+    for block in model.blocks if "periods" in wanted else ():
+        block.attn.qkv.bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
 
 
 # ---------------------------------------------------------------- downloads
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-def published(arch):
-    """The authors' file in torch hub's cache, downloaded on first use, its sha256 checked on every use.
 
-    Where no sha256 is published, that of the first download is kept beside the file, in NAME.sha256.
-    """
-    if isinstance(ARCHS[arch], str):
-        raise ValueError(f"the weights of {arch} cannot be fetched for you; get them from {ARCHS[arch]} "
-                         "and give --weights FILE")
-    (url, size, sha256), folder = ARCHS[arch], Path(torch.hub.get_dir()) / "checkpoints"
-    name = url.rsplit("/", 1)[1]
-    path = folder / (f"{arch}_{name}" if name.startswith("checkpoint") else name)           # all of iBOT's
-    note = path.with_name(path.name + ".sha256")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)                     # the other processes of a run wait
+def fetch(arch):
+    """The authors' file in torch hub's cache, downloaded on first use, its sha256 checked on every
+    use. Where none is published, that of the first download is kept beside it, in NAME.sha256."""
+    url, _, sha256 = ARCHS[arch].partition(" ")
+    if url == "by":
+        raise ValueError(f"weights of {arch} are got {ARCHS[arch]}; then give --weights FILE")
+    name = url.rsplit("/", 1)[1].replace("checkpoint_teacher", f"{arch}_checkpoint_teacher")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    note = path.with_name(name + ".sha256")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other processes of a run wait
         try:
-            download(url, path, sha256 if len(sha256 or "") == 64 else None, size)
+            download(url, path)
         except OSError as error:
             raise OSError(f"{error}, or give --weights FILE") from None
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        expected = sha256 or (note.read_text().strip() if note.exists() else "")
-        if not digest.startswith(expected):
-            raise ValueError(f"{path} has changed or is another file: its sha256 is {digest[:8]}..., not "
-                             f"{expected[:8]}...; delete it and it is fetched again")
-        if not expected:
-            note.write_text(digest + "\n")
+        found = file_digest(path)
+        if not sha256 and not note.exists():
+            write(note, found.encode())
+        if not found.startswith(sha256 or note.read_text().strip()):
+            raise ValueError(f"{path} has changed or is another file, by its sha256; "
+                             "delete it and it is fetched again")
+    if world() > 1:
+        dist.barrier()
     return path
 
 
 def download(url, path, sha256=None, size=None):
-    """url -> file `path`, by way of `path`.part, which a later call resumes. Renamed only when its length is
-    what the server (or `size`) says and its sha256 is right: a file at `path` is whole. OSError otherwise."""
+    """url -> file `path`, by way of PATH.part, with which a later call goes on while the server has
+    the same file (If-Range). Renamed when length and sha256, or its first digits, are right."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    have, total = part.stat().st_size if part.exists() else 0, size
+    asked, have = urllib.request.Request(url), 0
+    if part.exists() and note.exists():
+        have = part.stat().st_size
+        asked.headers = {"Range": f"bytes={have}-", "If-range": note.read_text()}
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            have = have if answer.status == 206 else 0          # 200: the server sends it from the start
-            length = answer.headers["Content-Length"]
-            total = have + int(length) if length else size
-            if total is None and sha256 is None or size not in (None, total):
-                raise OSError(f"the server says {total} bytes, expected are {size or 'a length or a sha256'}")
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            note.unlink(missing_ok=True)  # the part belongs to nothing until this is checked
+            headers, have = answer.headers, have * (answer.status == 206)
+            if have and not f"{headers['Content-Range']}".startswith(f"bytes {have}-"):
+                raise OSError("the server sends another part than asked for")
+            total = have + int(headers["Content-Length"] or (size or 0) - have)
+            if size not in (None, total) or not (total or sha256):
+                raise OSError(f"the server says {total} bytes, expected are {size}")
+            if headers["ETag"]:
+                note.write_text(headers["ETag"])
             with open(part, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
                 while block := answer.read(2 ** 20):
                     bar.update(file.write(block))
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", 0) != 416:             # 416: nothing left to send, `part` is whole or wrong
-            raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
-        total = size or int(error.headers.get("Content-Range", "*/-1").split("/")[1])
-    have = part.stat().st_size
-    if total is not None and have < total:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) == 416:  # nothing left to send of that: from the start
+            note.unlink()
+        raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
+    if (have := part.stat().st_size) < total:
         raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
-    with open(part, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if total not in (None, have) or sha256 not in (None, digest):
+    note.unlink(missing_ok=True)
+    if have != (total or have) or not file_digest(part).startswith(sha256 or ""):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes, sha256 {digest}), now deleted")
+        raise OSError(f"{url} sent a wrong file ({have:,} bytes), now deleted")
     os.replace(part, path)
     return path

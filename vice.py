@@ -1,24 +1,65 @@
 """ViCE: visual concepts by swapped prediction of superpixels (Karlsson et al., arXiv 2111.12460).
 
-An image is cut into superpixels (SLIC), and M square views around one point of it show some of them together.
-A CNN embeds every pixel; a superpixel is the mean embedding of its pixels. Sinkhorn's optimal transport
-assigns view 0's superpixels to K prototypes, and the other views, which see them with other context, scale
-and colour, must predict that assignment. Then the CNN is frozen, and clusters and a linear model are fitted
-on its embeddings. No label reaches the CNN, and with --weights none nothing is pretrained.
+An image is cut into superpixels (SLIC), and square views around one point of it show some of them
+together. A CNN embeds every pixel; a superpixel is the mean embedding of its pixels. Sinkhorn's
+optimal transport assigns the first view's superpixels to prototypes, and the other views, which
+see them with other context, scale and colour, must predict that assignment. Then the network is
+frozen, and clusters and a linear model are fitted on it. No label reaches the network.
 
-    python vice.py                                        # generated scenes, random weights, about a minute
-    python vice.py --data camvid --root data/camvid --weights resnet18.pth
-    python vice.py --data coco27 --root data/cocostuff    # paper: 12 to 25 mIoU, not run here
+    python vice.py                                   # generated scenes, from random weights
+    python vice.py --data camvid --root DIR --weights resnet18.pth
+    python vice.py --data coco27 --root DIR          # Table 1; --accumulate 8 where memory is short
+    python vice.py --data cityscapes19 --root DIR    # Table 1; from scratch with --weights none
+    python vice.py --data coco27 --root DIR --decoder deeplab --arch resnet50  # Table 3, or ...152
+    python vice.py --data cityscapes19 --root DIR --decoder deeplab            # Table 3, or ...101
+    python eval.py RUN --filters 27                  # L of Tables 1 and 8 on the network as it is
+    python eval.py RUN --clusters 128                # C of the same, by majority vote
+    python eval.py RUN --data cityscapes19 --root DIR                          # Table 9
+    Tables 2, 4: --regions grid --region-size 1 or 10, --mask 0. Tables 5, 6: --view-size --mask
+    --prototypes --queue --views --code-dim --beta. Table 11 (fine-tuning with labels): no command.
 
-Measured on one thread of a CPU, torch 2.15, mIoU in percent (before: the same network, untrained). Scenes,
-seeds 0 to 2: clusters 36.6 +- 4.2 (before 21.1), linear model 68.7 +- 2.4 (before 61.7). CamVid, three stages
-of an ImageNet-supervised ResNet-18, seeds 0 to 2: clusters 21.9 +- 0.8 (before 16.7), linear 32.6 +- 0.1
-(before 37.4: so short a training costs what ImageNet's labels had taught).
+Scenes, seeds 0 to 2, one thread of a CPU, torch 2.14, 95 CPU-seconds, mIoU in percent: clusters
+33.9 +- 0.4 (the same network untrained 21.1), linear model 66.9 +- 1.5 (untrained 63.1). The paper:
+COCO 19.7 (C = 128), 25.5 (L = 256), Cityscapes 21.5, 31.6; not run here. One worker needs 18 ms for
+an item of 5 x 256 x 256 whose superpixels it knows, else 66; a batch of 32 has 52 MB.
+
+    paper                                 here
+    X, A: image, its superpixels          picture (3,H,W), regions (H,W) by `slic`
+    (x,y)* a content-rich point           drawn from `content`
+    M views, size coefficient beta        `make_views`, --views, --beta
+    random masking                        `mask_rectangle`, `mask_views`
+    f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w) with h = H/4, K = --code-dim
+    I mutual regions, vectors z*          `resize_regions`, `embed_regions`
+    C = (c1, ..., cK) concepts            model.prototypes (prototypes,K)
+    scores s* (eq. 3), assignment q       z @ prototypes.T, `sinkhorn`
+    loss (eq. 4, algorithm 3)             `swapped_prediction_loss`
+    linear model of L filters             `LinearModel`, --filters
+
+Departures of the published code, followed here, from the paper:
+    a region is its mean, then made unit (the paper: the mean of unit vectors)
+    beta 0.5 to 1.5 (text: 2); prototypes 27 with FPN (text: 128); regions 20 pixels (Table 2: 10)
+    "25 %" bounds the sides of the noise; touched superpixels become noise and are no targets
+    the queue holds embeddings in place of scores, is used from step 313, and has 5,000 per GPU, in
+    all 160,000: 24 batches. One mean over all regions (eq. 4: per image)
+    trained on all 241,690 images of COCO and all 5,000 of Cityscapes, val and test among them, and
+    scored on 19 classes there (text: 27)
+Ours from the published code:
+    the DeepLab configurations take one pixel for a region and add a coherence loss: not built, so
+    their numbers come from another loss. They train on all images at 500 pixels or more; here on
+    COCO's curated list at 480, or Cityscapes' train split, for as many steps
+    the queue is filled from step 0 and holds no random vectors; prototypes are unit from the start;
+    superpixel 0 is kept; labels and noise are resized by one rule
+    batch statistics over all processes (published: over a node's four); on a CPU each has its own
+    --accumulate: Sinkhorn and batch statistics see a part of the batch at a time
+    one order of colour changes a step; clusters are fitted on 20 pixels of every train image (the
+    published fit was not released)
+    scenes and camvid: distortion at 0.4 (at full strength 26 instead of 35 mIoU on scenes), narrow
+    beta, 12 x 3 views a step (4 x 5 did not learn), a linear model fitted in 200 and 400 steps
 """
-import common  # isort: skip  (first: it answers --help before torch is loaded)
-
-import json
+import copy
 import math
+import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,101 +70,84 @@ from scipy import ndimage
 from torch import nn
 from torchvision.transforms import v2
 
+import common
 import data
 import eval
 
-# Letters: B images, M views of each, h pixels along a view, s along its crop before resizing, D embedding
-# width, K prototypes, R regions of an image, S pixels along a region.
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 # ---------------------------------------------------------------- superpixels
 
 def slic(image, region_size=20, ruler=10, iterations=5):
-    """SLIC superpixels, uint8 RGB (H,W,3) -> labels (H,W): pixel for pixel what OpenCV's SLIC gives.
+    """SLIC superpixels: uint8 RGB (H,W,3) -> labels (H,W), pixel for pixel those of OpenCV.
 
-    Published: on the blurred BGR image; connectivity is not enforced, so a label may lie in pieces. numpy in,
-    numpy out; torch likewise. All windows are evaluated at once: the smallest distance wins, then the seed.
+    A seed takes the pixels around it that are nearer to it than to other seeds, in colour and in
+    place, then moves to their mean. Connectivity is not enforced, as published: a label may lie in
+    pieces. numpy in, numpy out; torch likewise.
     """
-    # sigma 4 (84 88 84 / 256) by accident: a border flag is passed where OpenCV wants the sigma
-    pixels, S = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32), region_size
-    H, W, _ = pixels.shape
-    colour, centre = seeds(pixels, S)
-    side, wide = 2 * S, W + 4 * S                              # of a window; of the padded image
-    padded = np.full((3, H + 4 * S, wide), np.inf, np.float32)             # outside, all is infinitely far
-    padded[:, side:-side, side:-side] = pixels.transpose(2, 0, 1)
-    windows = [np.lib.stride_tricks.sliding_window_view(plane, (side, side)) for plane in padded]
-    span, count = np.arange(side), len(centre)
-    weight, ids = np.float32((S / ruler) ** 2), np.arange(count)[:, None, None]
-    y, x = np.divmod(np.arange(H * W), W)
-    planes, labels = pixels.reshape(-1, 3).T.astype(np.float64), np.zeros((H, W), np.int64)
+    # BGR; its sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
+    pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
+    colour, place = seeds(pixels, region_size)
+    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    (H, W), weight = pixels.shape[:2], np.float32((region_size / ruler) ** 2)
+    rows, columns = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)
+    labels = np.zeros((H, W), np.int64)  # a pixel that no window reaches keeps its label
     for _ in range(iterations):
-        left, top = centre.astype(np.int64).T - S              # windows [-S, S) around the truncated centre
-        distance, *more = [window[top + side, left + side] for window in windows]              # (n,2S,2S)
-        for part, value in zip((distance, *more), colour.T):
-            part -= value[:, None, None]                       # in place: half the time
-            part *= part
-        dx = ((left[:, None] + span).astype(np.float32) - centre[:, :1]) ** 2
-        dy = ((top[:, None] + span).astype(np.float32) - centre[:, 1:]) ** 2
-        more.append(dx[:, None] + dy[..., None])
-        more[-1] /= weight
-        for part in more:
-            distance += part
-        key = distance.view(np.int32).astype(np.int64)         # a positive float's bits order as it does:
-        key <<= 32                                             # one minimum over (distance, seed)
-        key |= ids
-        where = ((top + side) * wide + left + side)[:, None, None] + span[:, None] * wide + span
-        best = np.full(padded[0].size, np.iinfo(np.int64).max)
-        np.minimum.at(best, where.ravel(), key.ravel())
-        best = best.reshape(padded[0].shape)[side:-side, side:-side]
-        labels = np.where(best < np.iinfo(np.int64).max, best & 0xffffffff, labels)  # unreached: as before
-        flat = labels.ravel()
-        size = np.bincount(flat, minlength=count).clip(1).astype(np.float32)[:, None]
-        colour = np.stack([np.bincount(flat, plane, count) for plane in planes], 1).astype(np.float32) / size
-        centre = np.stack([np.bincount(flat, at, count) for at in (x, y)], 1).astype(np.float32) / size
+        best = np.full((H, W), np.inf, np.float32)
+        for seed, (c, (x, y)) in enumerate(zip(colour, place)):
+            down, across = (slice(max(0, int(at) - region_size), max(0, int(at) + region_size))
+                            for at in (y, x))
+            blue, green, red = planes[:, down, across]
+            distance = (blue - c[0]) ** 2
+            distance += (green - c[1]) ** 2
+            distance += (red - c[2]) ** 2
+            distance += ((columns[across] - x) ** 2 + (rows[down] - y) ** 2) / weight
+            closer = distance < best[down, across]
+            np.copyto(best[down, across], distance, where=closer)
+            np.copyto(labels[down, across], seed, where=closer)
+        own, count = labels.ravel(), len(place)
+        values = *planes.reshape(3, -1), *np.indices((H, W))[::-1].reshape(2, -1)
+        sums = np.stack([np.bincount(own, value, count) for value in values], 1).astype(np.float32)
+        size = np.bincount(own, minlength=count).clip(1).astype(np.float32)[:, None]
+        colour, place = sums[:, :3] / size, sums[:, 3:] / size
     return torch.from_numpy(labels) if torch.is_tensor(image) else labels
 
 
+def seeds(pixels, step):
+    """Colours (seeds,3), places (seeds,2) as (x,y): a grid, moved to flatter diagonal pixels."""
+    H, W, _ = pixels.shape
+    nx, ny = max(1, int(0.5 + W / step)), max(1, int(0.5 + H / step))
+    x, y = np.meshgrid(*(np.arange(n) * (step + int((length - step * n) / n)) + step // 2
+                         for n, length in ((nx, W), (ny, H))))
+    inside = (x < W) & (y < H)  # the others become black seeds at (0,0), at the end
+    place = np.zeros((nx * ny, 2), int)
+    place[:inside.sum()] = np.stack([x[inside], y[inside]], 1)
+    colour = pixels[place[:, 1], place[:, 0]] * (np.arange(nx * ny) < inside.sum())[:, None]
+    p = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), "reflect")
+    edge = (p[1:-1, 2:] - p[1:-1, :-2]) ** 2 + (p[2:, 1:-1] - p[:-2, 1:-1]) ** 2
+    edge = np.pad(edge.sum(-1), 1, constant_values=np.inf)
+    around = np.array([(0, 0), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1),
+                       (-1, 1)])
+    x, y = (place[:, None] + around + 1).transpose(2, 0, 1)  # (seeds,9)
+    move = around[edge[y, x].argmin(1)]
+    moved = move.all(1)  # OpenCV moves only if both x and y change
+    place[moved] += move[moved]
+    colour[moved] = pixels[place[moved, 1], place[moved, 0]]
+    return colour, place.astype(np.float32)
+
+
 def blur(image, edge, middle):
-    """uint8 (H,W,C) with the kernel (edge, middle, edge) / 256 both ways, mirrored borders, rounded once."""
+    """uint8 (H,W,C) with the kernel (edge, middle, edge) / 256 both ways, borders mirrored."""
     p = np.pad(image.astype(np.int32), ((1, 1), (1, 1), (0, 0)), "reflect")
     p = edge * (p[:-2] + p[2:]) + middle * p[1:-1]
     p = edge * (p[:, :-2] + p[:, 2:]) + middle * p[:, 1:-1]
     return p + 2 ** 15 >> 16
 
 
-def seeds(pixels, S):
-    """Colours (n,3), places (n,2) as (x,y): a grid, each seed moved to a flatter diagonal neighbour."""
-    H, W, _ = pixels.shape
-    nx, ny = max(1, int(0.5 + W / S)), max(1, int(0.5 + H / S))
-    x, y = np.meshgrid(*(np.arange(n) * (S + int((length - S * n) / n)) + S // 2
-                         for n, length in ((nx, W), (ny, H))))
-    inside = (x < W) & (y < H)
-    n = inside.sum()                                          # seeds outside: black ones at (0,0), at the end
-    place, colour = np.zeros((nx * ny, 2), int), np.zeros((nx * ny, 3), np.float32)
-    place[:n], colour[:n] = np.stack([x[inside], y[inside]], 1), pixels[y[inside], x[inside]]
-    p = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), "reflect")
-    edge = ((p[1:-1, 2:] - p[1:-1, :-2]) ** 2 + (p[2:, 1:-1] - p[:-2, 1:-1]) ** 2).sum(-1)
-    edge = np.pad(edge, 1, constant_values=np.inf)
-    (x, y), to = place.T + 1, place.copy()
-    best = edge[y, x]
-    for dx, dy in ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1)):
-        better = edge[y + dy, x + dx] < best
-        best[better] = edge[y + dy, x + dx][better]
-        to[better] = place[better] + (dx, dy)
-    moved = (to != place).all(1)                               # OpenCV moves only if both x and y change
-    place[moved] = to[moved]
-    colour[moved] = pixels[place[moved, 1], place[moved, 0]]
-    return colour, place.astype(np.float32)
-
-
-def grid(H, W, S):
-    """Squares of S pixels instead of superpixels, for comparison; S = 1 makes every pixel a region.
-
-    >>> grid(2, 6, 2)
-    array([[0, 0, 1, 1, 2, 2],
-           [0, 0, 1, 1, 2, 2]])
-    """
-    scale = (int(H * W / S ** 2) / (H * W)) ** 0.5
+def grid(H, W, step):
+    """Squares (H,W) instead of superpixels, for comparison; step 1 makes every pixel a region."""
+    scale = (int(H * W / step ** 2) / (H * W)) ** 0.5
     rows, columns = max(1, int(scale * H)), max(1, int(scale * W))
     return np.arange(H)[:, None] * rows // H * columns + np.arange(W) * columns // W
 
@@ -131,17 +155,20 @@ def grid(H, W, S):
 # ---------------------------------------------------------------- views
 
 def content(picture):
-    """uint8 RGB (H,W,3) -> probability (H,W) of being the point that all views show: high along edges.
+    """uint8 RGB (H,W,3) -> probability (H,W) of being the point that all views show: high on edges.
 
-    Canny's edges, a pixel thicker downwards (the published 3x3 dilation acts as 2x1), blurred, plus 0.005.
+    Canny's, a pixel thicker downwards (published: a 3x3 dilation that acts as 2x1), blurred.
     """
     grey = (blur(picture, 64, 128) @ np.array([0.299, 0.587, 0.114])).round()
-    dx, dy = ndimage.sobel(grey, 1, mode="nearest"), ndimage.sobel(grey, 0, mode="nearest")
+    dx, dy = (ndimage.sobel(grey, axis, mode="nearest") for axis in (1, 0))
     m = dx * dx + dy * dy
     p = np.pad(m, 1)
-    at = lambda y, x: p[1 + y:p.shape[0] - 1 + y, 1 + x:p.shape[1] - 1 + x]                    # noqa: E731
-    tan = 0.41421356                                           # of 22.5 degrees: four directions of edges
-    peak = np.where(dx * dy < 0, m > np.maximum(at(-1, 1), at(1, -1)), m > np.maximum(at(-1, -1), at(1, 1)))
+
+    def at(y, x):
+        return p[1 + y:1 + y + len(m), 1 + x:1 + x + m.shape[1]]
+    falling, rising = np.maximum(at(-1, 1), at(1, -1)), np.maximum(at(-1, -1), at(1, 1))
+    peak = m > np.where(dx * dy < 0, falling, rising)
+    tan = 0.41421356  # of 22.5 degrees: an edge has one of four directions
     peak = np.where(abs(dy) < tan * abs(dx), (m > at(0, -1)) & (m >= at(0, 1)), peak)
     peak = np.where(abs(dx) < tan * abs(dy), (m > at(-1, 0)) & (m >= at(1, 0)), peak)
     parts, n = ndimage.label(peak & (m > 10 ** 2), np.ones((3, 3)))
@@ -153,190 +180,130 @@ def content(picture):
     return p / p.sum()
 
 
-def share(v):
-    """A von Mises draw in [-pi, pi] -> [0, 1]."""
-    return (v + math.pi) / (2 * math.pi)
-
-
 def clip_centre(x, y, width, height, W, H):
-    """Move a centre so that its rectangle lies in the image; one too large starts at the left or top."""
+    """Move a centre so that its rectangle lies in the image; if too large, it starts at 0."""
     x, y = min(int(x), int(W - width / 2)), min(int(y), int(H - height / 2))
     return max(x, math.ceil(width / 2)), max(y, math.ceil(height / 2))
 
 
 def near(centre, s, i, others, angle, radius):
-    """Centre of view i + 1, in a sector of its own around view 0's. angle, radius: von Mises draws."""
-    t = math.pi / 2 - 2 * math.pi / others * (i + share(angle))
-    r = s / 2 * share(radius)
+    """Centre of view i + 1, of side s, in a sector of its own around view 0's; draws in [0,1]."""
+    t, r = math.pi / 2 - 2 * math.pi / others * (i + angle), s / 2 * radius
     return centre[0] + int(r * math.cos(t)), centre[1] + int(r * math.sin(t))
 
 
-def mask_rectangle(s, h, largest, turn, radius, width, height):
-    """Noise rectangle (x0, y0, x1, y1) in a crop of side s; turn in [0,1], then three von Mises draws.
+def mask_rectangle(s, side, largest, turn, radius, width, height):
+    """Noise rectangle (x0,y0,x1,y1) in a crop of side s, from four draws in [0,1].
 
-    The paper's "25 %" bounds its sides, not its area. It is placed as if the crop had side h: published.
+    It is placed as if the crop had the side of the finished view: published.
     """
-    w, v = int(largest * s * share(width)), int(largest * s * share(height))
-    r, t = h / 2 * share(radius), 2 * math.pi * turn
-    x, y = clip_centre(h / 2 + r * math.cos(t), h / 2 + r * math.sin(t), w, v, h, h)
-    return x - w // 2, y - v // 2, x + w // 2, y + v // 2
+    width, height = int(largest * s * width), int(largest * s * height)
+    r, t = side / 2 * radius, 2 * math.pi * turn
+    x, y = side / 2 + r * math.cos(t), side / 2 + r * math.sin(t)
+    x, y = clip_centre(x, y, width, height, side, side)
+    return x - width // 2, y - height // 2, x + width // 2, y + height // 2
 
 
 def place_views(centres, sizes):
-    """Centres (x,y) and sides of crops -> boxes (M,4) as x0 y0 x1 y1; the rectangle (4,) that all show."""
-    (x, y), s = np.array(centres).T, np.array(sizes)
-    boxes = np.stack([x - s / 2, y - s / 2, x + s / 2, y + s / 2], 1).astype(int)              # towards zero
-    half = (s / 2).astype(int)
+    """Centres (x,y), sides -> boxes (views,4) as x0 y0 x1 y1; the rectangle (4,) that all show."""
+    (x, y), half = np.array(centres).T, np.array(sizes) / 2
+    boxes = np.stack([x - half, y - half, x + half, y + half], 1).astype(int)  # towards zero
+    half = half.astype(int)
     return boxes, np.array([(x - half).max(), (y - half).max(), (x + half).min(), (y + half).min()])
 
 
-def crop(labels, box):
-    """labels (H,W) -> (y1-y0, x1-x0); -1 outside."""
-    (x0, y0, x1, y1), (H, W) = box, labels.shape
-    out = np.full((y1 - y0, x1 - x0), -1)
-    top, bottom, left, right = max(y0, 0), min(y1, H), max(x0, 0), min(x1, W)
-    out[top - y0:bottom - y0, left - x0:right - x0] = labels[top:bottom, left:right]
-    return out
+def crop(x, box):
+    """Any (C,H,W) -> (C,y1-y0,x1-x0), 0 outside."""
+    x0, y0, x1, y1 = box.tolist()
+    return v2.functional.crop(x, y0, x0, y1 - y0, x1 - x0)
 
 
-def nearest(x, h):
-    """(a,b) -> (h,h), rounded down as OpenCV does."""
-    return x[np.arange(h) * x.shape[0] // h][:, np.arange(h) * x.shape[1] // h]
+def nearest(x, side):
+    """(a,b) -> (side,side), rounded down as OpenCV does."""
+    steps = np.arange(side)
+    return x[steps * x.shape[0] // side][:, steps * x.shape[1] // side]
 
 
-def mask_views(crops, shared, rectangles, protected=None, rng=None):
-    """-> noise [(s,s) bool] per view, and the ids (n,) that stay common to all views.
+def occurring(labels, count):
+    """Which of the ids 0..count-1 occur -> bool (count+1,); the last place is that of -1."""
+    found = np.zeros(count + 1, bool)
+    found[labels] = True
+    return found
 
-    crops: labels [(s,s)]; shared (M,4): the common rectangle in each crop. A region that a view's rectangle
-    touches becomes noise in that view and a region of none; a random quarter of the common ids is spared. A
-    rectangle that touches the padding (-1) makes all padding of that view noise.
+
+def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
+    """-> noise [(s,s) bool] per view, and which ids stay common to all views, bool (count+1,).
+
+    crops: labels [(s,s)]; shared (views,4): the common rectangle in each. A region that a view's
+    rectangle touches becomes noise in that view and a region of none; a random quarter of the
+    common ids is spared. A rectangle that touches padding (-1) makes all padding noise.
     """
     x0, y0, x1, y1 = shared[0]
-    ids = np.setdiff1d(crops[0][y0:y1, x0:x1], [-1])
-    spared = rng.choice(ids, len(ids) // 4, replace=False) if protected is None else protected
+    kept = occurring(crops[0][y0:y1, x0:x1], count)
+    kept[-1] = False
+    if spared is None:
+        spared = rng.choice(kept.nonzero()[0], kept.sum() // 4, replace=False)
     noise = []
     for labels, (x0, y0, x1, y1) in zip(crops, np.maximum(rectangles, 0)):
-        touched = np.setdiff1d(labels[y0:y1, x0:x1], spared)
-        noise.append(np.isin(labels, touched))
-        ids = np.setdiff1d(ids, touched)
-    return noise, ids
+        touched = occurring(labels[y0:y1, x0:x1], count)
+        touched[spared] = False
+        noise.append(touched[labels])
+        kept &= ~touched
+    return noise, kept
 
 
-def resize_regions(crops, shared, ids, h):
-    """Crops to (M,h,h), nearest as in OpenCV; -1 but for ids that all views show in the common rectangle."""
-    views = np.stack([nearest(labels, h) for labels in crops])
-    ids = np.intersect1d(ids, views[0])                        # in view 0 anywhere will do, as published
-    for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * h):
-        (a, b) = labels.shape
-        ids = np.intersect1d(ids, view[y0 // a:y1 // a, x0 // b:x1 // b])
-    return np.where(np.isin(views, ids), views, -1)
+def resize_regions(crops, shared, kept, side):
+    """Crops -> (views,side,side), nearest; which kept ids all views still show in `shared`."""
+    count, views = len(kept) - 1, np.stack([nearest(labels, side) for labels in crops])
+    kept = kept & occurring(views[0], count)  # in view 0 anywhere will do, as published
+    for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * side):
+        a, b = labels.shape
+        kept &= occurring(view[y0 // a:y1 // a, x0 // b:x1 // b], count)
+    return views, kept
 
 
 def make_views(picture, regions, rng, args):
-    """uint8 (3,H,W), (H,W) -> views uint8 (M,3,h,h), regions (M,h,h) ids 0..R-1 or -1, noise (M,h,h) bool."""
-    (H, W), M, h = regions.shape, args.views, args.view_size
+    """uint8 (3,H,W), regions (H,W) -> views uint8 (views,3,side,side), regions (views,side,side).
+
+    Ids become 0, 1, ... for the regions that all views show, -1 for none, -2 for noise.
+    """
+    def von_mises(peak, n=None):
+        return (rng.vonmises(peak, 2, n) + math.pi) / (2 * math.pi)
+    (H, W), side, count = regions.shape, args.view_size, int(regions.max()) + 1
     p = content(picture.permute(1, 2, 0).numpy()).cumsum()
     y, x = divmod(min(int(np.searchsorted(p, rng.random() * p[-1])), H * W - 1), W)
-    sizes = rng.uniform(args.beta[0], args.beta[1], M) * h  # paper 0.5 to 2; appendix, code 0.5 to 1.5
+    sizes = rng.uniform(*args.beta, args.views) * side
     centres = [clip_centre(x, y, sizes[0], sizes[0], W, H)]
     for i, s in enumerate(sizes[1:]):
-        place = near(centres[0], s, i, M - 1, rng.vonmises(0, 2), rng.vonmises(math.pi / 2, 2))
-        centres.append(clip_centre(*place, s, s, W, H))
+        x, y = near(centres[0], s, i, args.views - 1, von_mises(0), von_mises(math.pi / 2))
+        centres.append(clip_centre(x, y, s, s, W, H))
     boxes, rectangle = place_views(centres, sizes)
-    shared, crops = rectangle - boxes[:, [0, 1, 0, 1]], [crop(regions, box) for box in boxes]
-    masks = [mask_rectangle(s, h, args.mask, rng.random(), *rng.vonmises(math.pi / 2, 2, 3)) for s in sizes]
-    noise, ids = mask_views(crops, shared, masks, rng=rng)
-    labels = resize_regions(crops, shared, ids, h)
-    _, labels = np.unique(np.append(labels, -1), return_inverse=True)                          # 0 = none
-    views, hidden = [], []
-    for (x0, y0, x1, y1), mask in zip(boxes, noise):
-        view = v2.functional.crop(picture, y0, x0, y1 - y0, x1 - x0)                        # outside is black
-        views.append(v2.functional.resize(view, [h, h], v2.InterpolationMode.BICUBIC, antialias=True))
-        hidden.append(nearest(mask, h))
-    return torch.stack(views), labels[:-1].reshape(M, h, h) - 1, np.stack(hidden)
-
-
-class Views(torch.utils.data.Dataset):
-    """Item: "image" (M,3,h,h) normalised, "regions" (M,h,h) ids 0..R-1, -1 = none, and index, path, error.
-
-    Superpixels of images of one size are computed once, in memory that the workers share, up to 2 GB of them.
-    """
-
-    def __init__(self, images, args):
-        self.images, self.args, self.cache = images, args, None
-        shape = len(images), args.size, args.size
-        if args.regions == "slic" and images.protocol != "whole" and 2 * math.prod(shape) < 2e9:
-            self.cache = torch.full(shape, -1, dtype=torch.int16).share_memory_()
-        c = args.colour                                        # SimCLR's distortion of this strength
-        self.distort = v2.Compose([
-            v2.RandomApply([v2.ColorJitter(0.8 * c, 0.8 * c, 0.8 * c, 0.2 * c)], 0.8),
-            v2.RandomGrayscale(0.2 * c), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], args.blur)])
-
-    def __len__(self):
-        return len(self.images)
-
-    def regions(self, i, picture):
-        """Region of every pixel, (H,W)."""
-        if self.args.regions == "grid":
-            return grid(*picture.shape[1:], self.args.region_size)
-        if self.cache is not None and self.cache[i, 0, 0] >= 0:
-            return self.cache[i].long().numpy()
-        labels = slic(picture.permute(1, 2, 0), self.args.region_size, self.args.ruler)
-        if self.cache is not None:
-            self.cache[i] = labels
-        return labels.numpy()
-
-    def __getitem__(self, i):
-        for _ in range(100):
-            item = {"index": i, "path": self.images.paths[i], "error": ""}
-            try:
-                picture = self.images.picture(i)
-            except Exception as error:                         # as in data.Images: a broken file ends no run
-                return {**item, "error": data.describe(error)}
-            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-            views, regions, noise = make_views(picture, self.regions(i, picture), rng, self.args)
-            if regions.max() >= 0:
-                break
-            i = torch.randint(len(self), ()).item()            # no region that all views show: another image
-        else:
-            raise ValueError("100 images in a row have no region that all views show; lower --region-size")
-        images, labels = [], []
-        for view, label, hidden in zip(views, torch.from_numpy(regions), torch.from_numpy(noise)):
-            x = (self.distort(view) / 255 - data.MEAN) / data.STD
-            x = torch.where(hidden, torch.rand_like(x) * 2 - 1, x)                        # last, as published
-            flip = torch.rand(()) < 0.5
-            images.append(x.flip(-1) if flip else x)
-            labels.append(label.flip(-1) if flip else label)
-        return {**item, "image": torch.stack(images), "regions": torch.stack(labels)}
+    shared, ids = rectangle - boxes[:, [0, 1, 0, 1]], torch.from_numpy(regions)[None] + 1
+    crops = [crop(ids, box)[0].numpy() - 1 for box in boxes]
+    masks = [mask_rectangle(s, side, args.mask, rng.random(), *von_mises(math.pi / 2, 3))
+             for s in sizes]
+    noise, kept = mask_views(crops, shared, masks, count, rng=rng)
+    labels, kept = resize_regions(crops, shared, kept, side)
+    labels = np.where(kept, kept.cumsum() - 1, -1)[labels]
+    views = []
+    for label, box, hidden in zip(labels, boxes, noise):
+        label[nearest(hidden, side)] = -2
+        view = v2.functional.resize(crop(picture, box), [side, side], BICUBIC, antialias=True)
+        if rng.random() < 0.5:
+            view, label[:] = view.flip(-1), label[:, ::-1].copy()
+        views.append(view)
+    return torch.stack(views), labels
 
 
 # ---------------------------------------------------------------- model
 
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all processes (torch's SyncBatchNorm is for CUDA only)."""
-
-    def forward(self, x):
-        if not self.training or common.world() == 1:
-            return super().forward(x)
-        x32 = x.float()
-        n = common.reduce_sum(x32.new_tensor(x32.numel() / x32.shape[1]))
-        mean = common.reduce_sum(x32.sum((0, 2, 3))) / n
-        x32 = x32 - mean[:, None, None]
-        var = common.reduce_sum(x32.square().sum((0, 2, 3))) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight / (var + self.eps).sqrt()
-        return (x32 * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
 class FPN(nn.Module):
-    """Maps of the stages -> (B,D,h/4,w/4): 1x1 convolutions, upsampled and added from the top; PiCIE's."""
+    """Maps of the stages -> (B,K,h,w): 1x1 convolutions, upsampled and added from the top. PiCIE's;
+    torchvision's FeaturePyramidNetwork has nearest upsampling and 3x3 convolutions besides."""
 
-    def __init__(self, widths, D):
+    def __init__(self, widths, K):
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(width, D, 1) for width in widths)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, K, 1) for width in widths)
 
     def forward(self, maps):
         x = self.lateral[-1](maps[-1])
@@ -348,156 +315,126 @@ class FPN(nn.Module):
 def separable(c_in, c_out, dilation=1):
     """Depth-wise 3x3, then 1x1; ReLU stands before BN in both halves, as published."""
     return nn.Sequential(
-        nn.Conv2d(c_in, c_in, 3, padding=dilation, dilation=dilation, groups=c_in, bias=False), nn.ReLU(),
-        BatchNorm(c_in), nn.Conv2d(c_in, c_out, 1, bias=False), nn.ReLU(), BatchNorm(c_out))
+        nn.Conv2d(c_in, c_in, 3, 1, dilation, dilation, groups=c_in, bias=False), nn.ReLU(),
+        nn.BatchNorm2d(c_in),
+        nn.Conv2d(c_in, c_out, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(c_out))
 
 
 def conv_bn(c_in, c_out, kernel=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), BatchNorm(c_out))
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
 class DeepLab(nn.Module):
-    """DeepLabV3+: atrous pyramid on the last stage's map, refined by the first's -> (B,D,h/4,w/4)."""
+    """DeepLabV3+: an atrous pyramid on the last stage, refined by the first -> (B,K,h,w).
+    torchvision's ASPP has full convolutions, ReLU after BN, and dropout."""
 
-    def __init__(self, widths, D):
+    def __init__(self, widths, K):
         super().__init__()
         top = widths[-1]
         self.one, self.pool, self.low = conv_bn(top, 256), conv_bn(top, 256), conv_bn(widths[0], 48)
         self.atrous = nn.ModuleList(separable(top, 256, dilation) for dilation in (12, 24, 36))
-        self.merge = conv_bn(5 * 256, 256, 3)                  # no ReLU after it, as published
-        self.decode = nn.Sequential(separable(304, 256), separable(256, 256), nn.Conv2d(256, D, 1))
+        self.merge = conv_bn(5 * 256, 256, 3)  # no ReLU after it, as published
+        self.decode = nn.Sequential(separable(304, 256), separable(256, 256), nn.Conv2d(256, K, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
-            elif isinstance(m, BatchNorm):
+            elif isinstance(m, nn.BatchNorm2d):
                 nn.init.constant_(m.bias, 1e-4)
 
     def forward(self, maps):
         x, low = maps[-1], self.low(maps[0]).relu()
         pooled = self.pool(x.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *x.shape[2:])
-        x = self.merge(torch.cat([self.one(x).relu(), *(branch(x) for branch in self.atrous), pooled], 1))
+        branches = [branch(x) for branch in self.atrous]
+        x = self.merge(torch.cat([self.one(x).relu(), *branches, pooled], 1))
         x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
         return self.decode(torch.cat([low, x], 1))
 
 
 class Network(nn.Module):
-    """Images (B,3,H,W) -> raw embeddings (B,D,H/4,W/4): a ResNet dilated to stride 8, then a decoder.
+    """Images (B,3,H,W) -> raw embeddings (B,K,H/4,W/4): a ResNet at stride 8, then a decoder.
 
-    depth: keep the first so many of the four stages. weights: a file with torchvision's names, None: from
-    torchvision's server, "none": random. Raises ValueError for an unknown network or weights that do not fit.
+    resnet: one of torchvision's, of which it keeps the first `depth` of the four stages. Strides of
+    the last two become dilations, also in their first 3x3, where torchvision's option halves them.
     """
 
-    def __init__(self, arch, decoder, D, depth=None, weights="none"):
+    def __init__(self, resnet, decoder, K, depth=None):
         super().__init__()
-        if arch not in ARCHS:
-            raise ValueError(f"--arch {arch}: ViCE trains a ResNet{common.nearest(arch, ARCHS)}")
-        if depth and depth > 4:
-            raise ValueError(f"--depth {depth}: a ResNet has four stages")
-        self.trunk = net = getattr(torchvision.models, arch)(norm_layer=BatchNorm)
-        for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):       # all 3x3, the first included
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+        self.stages = nn.ModuleList(stages[:depth])
+        for stage, dilation in zip(self.stages[2:], (2, 4)):
             for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
                 conv.stride = 1, 1
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = dilation, dilation
-        widths = [w * (net.fc.in_features // 512) for w in (64, 128, 256, 512)][:depth]
-        net.fc = nn.Identity()
-        if weights != "none":
-            common.load_weights(net, weights or published(arch), arch)
-        for name in ("layer2", "layer3", "layer4")[len(widths) - 1:]:
-            setattr(net, name, None)
-        self.decoder = {"fpn": FPN, "deeplab": DeepLab}[decoder](widths, D)
+        widths = [width * resnet.layer1[0].expansion for width in (64, 128, 256, 512)]
+        self.decoder = {"fpn": FPN, "deeplab": DeepLab}[decoder](widths[:depth], K)
 
     def forward(self, x):
-        net, maps = self.trunk, []
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for stage in filter(None, (net.layer1, net.layer2, net.layer3, net.layer4)):
-            maps.append(x := stage(x))
+        x, maps = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
         return self.decoder(maps)
 
 
-def published(arch):
-    """torchvision's ImageNet weights in hub's cache, downloaded on first use; its name ends in its hash."""
-    url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.exists():
-        common.download(url, path, path.stem.rsplit("-", 1)[1])
-    return path
-
-
 class LinearModel(nn.Sequential):
-    """The paper's linear model of L filters: (B,D,H,W) -> (B,classes,H,W). It calls this a 1x1 convolution;
-    the published code has two with BN between them."""
+    """Linear model of L filters: (B,K,H,W) -> (B,C,H,W). The paper calls it a 1x1 convolution; the
+    published code has two with BN between them."""
 
-    def __init__(self, D, L, classes):
-        super().__init__(nn.Conv2d(D, L, 1, bias=False), nn.BatchNorm2d(L), nn.Conv2d(L, classes, 1))
+    def __init__(self, K, filters, classes):
+        super().__init__(nn.Conv2d(K, filters, 1, bias=False), nn.BatchNorm2d(filters),
+                         nn.Conv2d(filters, classes, 1))
 
 
 class Model(nn.Module):
-    """Images (B,3,H,W) -> unit embeddings (B,D,H,W), with `.linear` and `.cluster`, fitted after training."""
+    """Images (B,3,H,W) -> unit embeddings (B,K,H,W); .linear and .cluster are fitted afterwards."""
 
-    alpha = 10                                                 # the CRF gets log-softmax(cosine / tau)
+    alpha = 10  # the CRF gets log-softmax(cosine / tau)
 
     def __init__(self, args, weights="none"):
         super().__init__()
-        self.network = Network(args.arch, args.decoder, args.code_dim, args.depth, weights)
-        self.prototypes = nn.Parameter(F.normalize(nn.Linear(args.code_dim, args.prototypes).weight.data))
+        resnet = load_resnet(args.arch, weights)
+        self.network = Network(resnet, args.decoder, args.code_dim, args.depth)
+        prototypes = nn.Linear(args.code_dim, args.prototypes).weight.data
+        self.prototypes = nn.Parameter(F.normalize(prototypes))  # (prototypes,K)
         self.cluster = eval.ClusterProbe(args.code_dim, args.clusters)
-        self.linear = LinearModel(args.code_dim, args.filters, args.classes) if args.classes else None
+        self.linear = None
+        if args.classes:
+            self.linear = LinearModel(args.code_dim, args.filters, args.classes)
 
     def forward(self, images):
-        x = self.network(images).float()
-        return F.normalize(F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=True))
+        x = self.network(images).float().contiguous(memory_format=torch.channels_last)
+        x = F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=True)
+        return F.normalize(x)
 
 
 # ---------------------------------------------------------------- loss
 
 def region_mean(embedding, regions, count):
-    """Mean raw embedding of each region, (D,H,W), (H,W) ids, -1 = none -> (count,D); 0 for an empty region.
-
-    As published: the mean is normalised later. The paper takes the mean of unit vectors.
-    """
+    """Mean raw embedding of each region: (K,H,W), ids (H,W), negative = none -> (count,K)."""
     inside = regions >= 0
     ids = regions[inside]
-    sums = embedding.new_zeros(count, len(embedding)).index_add(0, ids, embedding[:, inside].T)
+    sums = embedding.new_zeros(count, len(embedding))
+    sums = sums.index_add(0, ids, embedding[:, inside].T)
     return sums / torch.bincount(ids, minlength=count).clamp(min=1)[:, None]
 
 
-def region_weights(regions, count, h, w, dtype=torch.float32):
-    """(V,H,W) ids, -1 = none -> (V,count,h*w): times a map (V,h*w,D), the region means of its upsampling.
-
-    Upsampling (bilinear, align_corners) and averaging are linear, so the D-channel map of full size need not
-    exist: a pixel hands its weight to the four cells it would be interpolated from.
-    """
-    V, H, W = regions.shape
-    v, i, j = (regions >= 0).nonzero(as_tuple=True)
-    ids = (v * count + regions[v, i, j]) * h * w
-    y, x = i.to(dtype) * (h - 1) / max(H - 1, 1), j.to(dtype) * (w - 1) / max(W - 1, 1)
-    y0, x0 = y.long(), x.long()
-    weights = torch.zeros(V * count * h * w, dtype=dtype, device=regions.device)
-    for down, fy in ((0, 1 - (y - y0)), (1, y - y0)):
-        for right, fx in ((0, 1 - (x - x0)), (1, x - x0)):
-            cell = (y0 + down).clamp(max=h - 1) * w + (x0 + right).clamp(max=w - 1)
-            weights.index_add_(0, ids + cell, fy * fx)
-    weights = weights.view(V, count, h * w)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1)
-
-
 def embed_regions(maps, regions, count):
-    """Maps (V,D,h,w), regions (V,H,W) -> unit vectors (V,count,D) of the regions; 0 for an empty region."""
-    h, w = maps.shape[2:]
-    if count < h * w:
-        z = region_weights(regions, count, h, w) @ maps.flatten(2).mT
-    else:                                                      # tiny regions: the weights would be larger
-        up = (F.interpolate(m[None], regions.shape[1:], mode="bilinear", align_corners=True)[0] for m in maps)
-        z = torch.stack([region_mean(m, r, count) for m, r in zip(up, regions)])
-    return F.normalize(z, dim=-1)
+    """Regions' unit vectors z*: maps (views,K,h,w), ids (views,H,W) -> (views,count,K)."""
+    vectors = []
+    for m, ids in zip(maps, regions):
+        m = F.interpolate(m[None], ids.shape, mode="bilinear", align_corners=True)[0]  # (K,H,W)
+        vectors.append(region_mean(m, ids, count))
+    return F.normalize(torch.stack(vectors), dim=-1)
 
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon=0.05, iterations=3):
-    """Scores (M,K) -> assignment (M,K): rows sum to 1 and the prototypes get, nearly, the same total.
+    """Scores s* (regions,prototypes) -> assignment q, SwAV's optimal transport: rows sum to 1, and
+    the prototypes get, nearly, the same total. Give it the regions of all processes.
 
-    SwAV's optimal transport. Give it the rows of all processes: then any number of them computes the same.
     Both rows prefer the first prototype; the one that minds less gets the second:
     >>> sinkhorn(torch.tensor([[0.9, 0.0], [0.6, 0.5]])).round()
     tensor([[1., 0.],
@@ -506,236 +443,373 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     Q = ((scores - scores.max()) / epsilon).exp()
     Q /= Q.sum()
     for _ in range(iterations):
-        if (Q.sum(0) == 0).any():                              # a prototype that nothing comes near
-            Q += 1e-12
+        Q = Q + 1e-12 * (Q.sum(0) == 0).any()  # a prototype that nothing comes near
         Q = Q / Q.sum(0) / Q.shape[1]
         Q = Q / Q.sum(1, keepdim=True) / len(Q)
     return Q * len(Q)
 
 
 def swapped_prediction_loss(scores, assignment, tau=0.1):
-    """Scores (V,M,K) of views 1.. are to predict the assignment (M,K) that view 0 got (eq. 4) -> scalar.
-
-    One mean over all regions of the batch, as published; the paper averages per image first.
-    """
+    """Eq. 4: scores s* (views,regions,prototypes) of the other views are to predict the assignment
+    (regions,prototypes) that the first view got -> scalar, one mean over all regions."""
     return -(assignment * F.log_softmax(scores / tau, -1)).sum(-1).mean()
 
 
-class Queue(nn.Module):
-    """The last view-0 embeddings, newest first. The paper keeps scores, the code embeddings."""
-
-    def __init__(self, length, D):
-        super().__init__()
-        self.register_buffer("vectors", torch.zeros(length, D))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def push(self, z):
-        self.vectors.copy_(torch.cat([z, self.vectors])[:len(self.vectors)])
-        self.filled.add_(len(z)).clamp_(max=len(self.vectors))
-
-    def contents(self):
-        return self.vectors[:self.filled]                      # published: random vectors until it is full
+def push(queue, z):
+    """The queue (length,K) with new vectors in front, the oldest gone."""
+    return torch.cat([z, queue])[:len(queue)]
 
 
 # ---------------------------------------------------------------- training
 
+class Views(torch.utils.data.Dataset):
+    """Item: "image" (views,3,side,side) uint8, "regions" int16 (`make_views`), index, path, error.
+
+    Superpixels of square images are computed once, in memory that the workers share: of 50,000
+    images, or as many as a quarter of the machine's memory holds.
+    """
+
+    def __init__(self, images, args):
+        self.images, self.args = images, args
+        square = args.regions == "slic" and images.protocol not in ("whole", "native")
+        square = square and (args.size / args.region_size + 1) ** 2 < 2 ** 15
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (8 * args.size ** 2)
+        shape = min(len(images), 50_000, room) if square else 0, args.size, args.size
+        memory = mmap.mmap(-1, 2 * math.prod(shape) or 1)  # zeros, taken page by page
+        self.cache = np.ndarray(shape, np.int16, memory)  # labels + 1
+
+    def __reduce__(self):  # where workers are not forked, each has a cache of its own
+        return Views, (self.images, self.args)
+
+    def __len__(self):
+        return len(self.images)
+
+    def regions(self, i, picture):
+        """Region of every pixel, (H,W)."""
+        if self.args.regions == "grid":
+            return grid(*picture.shape[1:], self.args.region_size)
+        if i < len(self.cache) and self.cache[i, -1, -1]:  # the last to be written
+            return self.cache[i] - 1
+        picture = picture.permute(1, 2, 0).numpy()
+        labels = slic(picture, self.args.region_size, self.args.ruler)
+        self.cache[i:i + 1] = labels + 1
+        return labels
+
+    def __getitem__(self, i):
+        for _ in range(100):
+            item = {"index": i, "path": self.images.paths[i], "error": ""}
+            try:
+                picture = self.images.picture(i)
+            except Exception as error:  # as in data.Images: a broken file ends no run
+                return {**item, "error": data.describe(error)}
+            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
+            views, regions = make_views(picture, self.regions(i, picture), rng, self.args)
+            if regions.max() >= 0:
+                kind = np.int16 if self.args.region_size > 3 else np.int32
+                return {**item, "image": views, "regions": torch.from_numpy(regions.astype(kind))}
+            i = torch.randint(len(self), ()).item()  # no region that all views show: another image
+        raise ValueError("100 images in a row have no region that all views show; "
+                         "lower --region-size")
+
+
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradient is scaled, tensor by tensor, to the length trust * |parameter|. Where either has
-    length zero, a plain step without weight decay. Biases and BN are treated like the rest, as published."""
+    """SGD whose gradient is scaled, tensor by tensor, to the length trust * |parameter|.
+
+    Where either has length zero, a plain step without weight decay. Biases and BN are treated like
+    the rest, as published. All tensors at once: 25 calls instead of 1,304.
+    """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                length, steepness, decay = p.norm(), p.grad.norm(), group["weight_decay"]
-                scaled = (length > 0) & (steepness > 0)
-                rate = torch.where(scaled, group["trust"] * length / (steepness + decay * length + 1e-8), 1.0)
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_((p.grad + decay * scaled * p) * rate)
-                p.sub_(group["lr"] * momentum)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+            momenta = [self.state[p]["momentum"] for p in params]
+            gradients, decay = [p.grad for p in params], group["weight_decay"]
+            length, steepness = (torch.stack(torch._foreach_norm(x)) for x in (params, gradients))
+            rate = group["trust"] * length / (steepness + decay * length + 1e-8)
+            scaled = (length > 0) & (steepness > 0)
+            rate = torch.where(scaled, rate, 1.0)
+            rate, decay = torch.stack([rate, decay * scaled * rate]).tolist()
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, torch._foreach_mul(gradients, rate))
+            torch._foreach_add_(momenta, torch._foreach_mul(params, decay))
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def learning_rate(step, total, lr, warmup=0.02):
-    """From lr / 16 to lr in the first share `warmup` of the steps, then the run's cosine to lr / 1000."""
+    """From lr / 16 to lr in the share `warmup` of the steps, then the run's cosine to lr / 1000."""
     t = step / total
     if t < warmup:
         return lr / 16 + (lr - lr / 16) * t / warmup
     return lr / 1000 + 0.5 * (lr - lr / 1000) * (1 + math.cos(math.pi * t))
 
 
+def augment(images, regions, args, run):
+    """Items of `Views` -> (views,B,3,H,W) distorted, normalised, with noise; (views,B,H,W) ids."""
+    regions, shape = regions.long(), images.shape
+    x, draw = images.flatten(0, 1).float() / 255, run.rand(math.prod(shape[:2]), 11)
+    x = distort(x, args.colour, args.blur, draw)
+    x = ((x - common.MEAN.to(x)) / common.STD.to(x)).view(shape)
+    noise = 2 * torch.rand(shape, generator=run.shared, device=run.device) - 1
+    x = torch.where(regions[:, :, None] == -2, noise, x)  # last, as published
+    return x.transpose(0, 1), regions.transpose(0, 1)
+
+
+def existing(z, numbers):
+    """Vectors (...,B,most,K) of images with so many regions each -> (...,all regions,K)."""
+    return torch.cat([z[..., b, :n, :] for b, n in enumerate(numbers)], -2)
+
+
 def train(args):
-    run = common.Run("vice", args)
     if args.cache_features:
-        raise ValueError("--cache-features: ViCE trains its network, no features stay the same; leave it out")
+        raise ValueError("--cache-features: ViCE trains its network; leave it out")
     images = data.load(args.data, args.root, "train", size=args.size, protocol=args.protocol)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
-    fit = data.load(args.data, args.root, "train", size=args.eval_size, protocol=val.protocol)
+    whole = data.load(args.data, args.root, "train", size=args.eval_size, protocol=val.protocol)
+    schedule(args, len(images))
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
-    model = start(args).to(run.device).train()
-    queue = Queue(args.queue, args.code_dim).to(run.device)
+    run = common.Run("vice", args, images, val)
+    if args.batch_size % (run.world * args.accumulate):
+        raise ValueError(f"--accumulate {args.accumulate} does not divide the images of a process")
+    model = Model(args, args.weights).to(run.device).train()
+    untrained = copy.deepcopy(model)  # for comparison
+    if run.world > 1 and run.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    queue = torch.zeros(args.queue, args.code_dim, device=run.device)
     trained = [*model.network.parameters(), model.prototypes]
     optimizer = LARS(trained, args.lr, weight_decay=args.weight_decay)
-    state = dict(model=model, queue=queue, optimizer=optimizer)
-    for step, batch in run.steps("network", args.steps, Views(images, args), **state):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        views, regions = batch["image"].transpose(0, 1), batch["regions"].transpose(0, 1)      # (M,B,...)
-        M, B = regions.shape[:2]
-        with run.autocast():                                   # all views at once: they share BN's statistics
-            maps = model.network(views.flatten(0, 1)).float()                                # (M*B,D,h/4,h/4)
-        run.mark("network")
-        numbers = common.gather(regions[0].flatten(1).amax(1) + 1)                           # R of all images
-        z = embed_regions(maps, regions.flatten(0, 1), int(numbers.max()))
-        z = z.unflatten(0, (M, B))                                                             # (M,B,R,D)
-        valid = torch.arange(z.shape[2], device=run.device) < numbers[:, None]                # (all images,R)
-        mine = slice(B * run.rank, B * run.rank + B)
-        own = slice(int(numbers[:mine.start].sum()), int(numbers[:mine.stop].sum()))
-        everyone = common.gather(z[0].detach())[valid]                                       # (all regions,D)
-        z = z[:, valid[mine]]                                                              # (M,own regions,D)
-        known = torch.cat([everyone, queue.contents()]) if step >= args.queue_start else everyone
-        assignment = sinkhorn(known @ model.prototypes.detach().T)[own]
-        loss = swapped_prediction_loss(z[1:] @ model.prototypes.T, assignment)
-        loss = loss * z.shape[1] * run.world / len(everyone)  # mean over processes = mean over regions
-        run.mark("loss")
-        if not run.finite(batch, loss=loss, regions=numbers.float().mean()):
-            continue
+    run.keep(model=model, optimizer=optimizer, queue=queue)
+    for step, batch in run.loop("network", Views(images, args), args.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        common.average_gradients(model)
+        parts = zip(batch["image"].chunk(args.accumulate), batch["regions"].chunk(args.accumulate))
+        for views, regions in parts:
+            views, regions = augment(views, regions, args, run)  # (views,B,...)
+            with run.autocast():  # all views at once: they share batch statistics
+                maps = model.network(views.flatten(0, 1)).float()
+            numbers = common.gather(regions[0].flatten(1).amax(1) + 1).tolist()  # of each image
+            z = embed_regions_folded(maps, regions.flatten(0, 1), max(numbers))
+            z = z.unflatten(0, regions.shape[:2])  # (views,B,most,K)
+            B = z.shape[1]
+            before, own = numbers[:B * run.rank], numbers[B * run.rank:][:B]
+            everyone = existing(common.gather(z[0].detach()), numbers)  # (all regions,K)
+            z = existing(z[1:], own)  # (views-1,own regions,K)
+            past = queue[queue.any(1)] if step >= args.queue_start else queue[:0]
+            scores = torch.cat([everyone, past]) @ model.prototypes.detach().T
+            assignment = sinkhorn(scores)[sum(before):][:sum(own)]
+            loss = swapped_prediction_loss(z @ model.prototypes.T, assignment)
+            loss = loss * sum(own) * run.world / sum(numbers)  # their mean: over all regions
+            (loss / args.accumulate).backward()
+            queue.copy_(push(queue, everyone))
+        run.log(loss=loss, regions=sum(numbers) / len(numbers))
         if step < args.freeze:
             model.prototypes.grad = None
         optimizer.step()
-        with torch.no_grad():
-            model.prototypes.copy_(F.normalize(model.prototypes))
-        queue.push(everyone)
-        run.mark("backward and optimizer")
+        model.prototypes.data.copy_(F.normalize(model.prototypes.data))
     if args.bench:
         return 0
-    untrained = start(args).to(run.device).eval()              # the same network before its first step
-    if model.linear:                                           # a run resumed after its fit begins it again
-        model.linear.load_state_dict(untrained.linear.state_dict())
-    fit_probes(model, fit, args)
-    run.save()
-    code = eval.finish(run, model, fit, val, encode=untrained)
-    if val.classes:
-        fit_probes(untrained, fit, args)
-        linear = eval.evaluate(untrained, val, run.device)["linear"]
-        colours = eval.baseline(run, patch_colours, fit, val, args.clusters, 8)
-        add_scores(run, val, {"linear, untrained": linear, "K-means, colours": eval.matched(
-            colours, eval.hungarian(colours))})
-    return code
-
-
-def start(args):
-    """The model before its first step."""
-    torch.manual_seed(args.seed)
-    return Model(args, args.weights)
-
-
-def fit_probes(model, images, args):
-    """Clusters by K-means and the linear model by SGD with the published settings, on random training pixels.
-
-    The network is frozen by now: one pass over some images replaces the paper's 12,000 batches.
-    """
-    device, generator = model.prototypes.device, torch.Generator().manual_seed(args.seed)
     model.eval()
     with torch.no_grad():
-        points = eval.sample_points(model, images, device, 1, args.probe_pixels, args.probe_images, args.seed)
-    X, y = points[0].flatten(0, 1), points[1].flatten()
-    some = torch.randperm(len(X), generator=generator)[:20000].to(device)
-    model.cluster.clusters.data.copy_(eval.kmeans(X[some], args.clusters, seed=args.seed))
-    X, y = X[y >= 0], y[y >= 0]
-    if model.linear is None or len(y) == 0:
-        return
-    model.linear.train()
-    optimizer = torch.optim.SGD(model.linear.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    for step in range(args.probe_steps):
-        optimizer.param_groups[0]["lr"] = max(1e-4, 0.01 * (1 - step / args.probe_steps) ** 0.9)
-        chosen = torch.randint(len(y), (4096,), generator=generator).to(device)
-        logits = model.linear(X[chosen].T[None, ..., None])                               # (1,classes,4096,1)
+        points, _ = eval.sample_points(model, whole, run.device, 1, args.probe_pixels,
+                                       args.probe_images, args.seed, args.workers)
+        centres = eval.kmeans(points.flatten(0, 1), args.clusters, seed=args.seed)
+    model.cluster.clusters.data.copy_(centres)
+    rows = {}
+    if val.classes:
+        for m in (model, untrained):
+            m.linear = fit_linear(m, whole, args.filters, args)
+        rows["linear, untrained"] = eval.evaluate(untrained, val, run.device)["linear"]
+        colours = eval.baseline(run, nn.AvgPool2d(8), whole, val, args.clusters, 8)
+        rows["K-means, colours"] = eval.matched(colours, eval.hungarian(colours))
+    return eval.finish(run, model, whole, val, encode=untrained, more=rows)
+
+
+def load_resnet(arch, weights):
+    """torchvision's ResNet without its classifier. weights: a file with torchvision's names, None:
+    from torchvision's server, "none": random. Raises ValueError where they do not fit."""
+    net = getattr(torchvision.models, arch)()
+    net.fc = nn.Identity()
+    if weights is None:  # in hub's cache, downloaded on first use; the file's name ends in its hash
+        url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+        weights = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not weights.exists():
+            common.download(url, weights, weights.stem.rsplit("-", 1)[1])
+    if weights != "none":
+        common.load_weights(net, weights, arch)
+    return net
+
+
+def fit_linear(model, images, filters, args):
+    """A linear model of so many filters (L) on the frozen network, by the published recipe: SGD on
+    whole images of a train split, flipped, with photometric distortion as strong as --colour."""
+    torch.manual_seed(args.seed)
+    model.eval()
+    device = model.prototypes.device
+    mean, std = common.MEAN.to(device), common.STD.to(device)
+    linear = LinearModel(model.prototypes.shape[1], filters, images.classes).to(device)
+    optimizer = torch.optim.SGD(linear.parameters(), args.probe_lr, 0.9, weight_decay=5e-4)
+    changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
+    distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: strength * args.colour})])
+                          for name, strength in changes.items()])
+    order = torch.randint(len(images), (args.probe_steps * args.probe_batch,)).tolist()
+    batches = eval.batches(images, args.probe_batch, args.workers, "linear model", order)
+    for step, items in enumerate(batches):
+        decay = 0.01 + 0.99 * (1 - step / args.probe_steps) ** 0.9
+        optimizer.param_groups[0]["lr"] = args.probe_lr * decay
+        pairs = []
+        for item in items:  # of any size
+            x, label = item["image"].to(device), item["label"].to(device)[None, None].float()
+            x = (distort(x * std + mean) - mean) / std  # (3,H,W)
+            label = F.interpolate(label, x.shape[1:])[0]  # nearest
+            pairs.append((x.flip(-1), label.flip(-1)) if torch.rand(()) < 0.5 else (x, label))
+        H, W = (max(x.shape[side] for x, _ in pairs) for side in (1, 2))
+        edges = [(0, W - x.shape[2], 0, H - x.shape[1]) for x, _ in pairs]
+        x = torch.stack([F.pad(x, edge) for (x, _), edge in zip(pairs, edges)])
+        label = torch.cat([F.pad(y, edge, value=-1) for (_, y), edge in zip(pairs, edges)])
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            z = model(x)
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits, y[chosen][None, :, None]).backward()
+        eval.linear_loss(linear(z), label.long()).backward()
         optimizer.step()
-    model.linear.eval()
+    return linear.eval()
 
 
-def patch_colours(images):
-    """A baseline without any network: images (B,3,H,W) -> mean colours of the 8x8 patches (B,3,h,w)."""
-    return F.avg_pool2d(images, 8)
+# ---------------------------------------------------------------- fast forms: the same numbers
+
+def embed_regions_folded(maps, regions, count):
+    """Equals embed_regions in 1/30 of the time, without the maps (K,H,W): a region's sum is linear
+    in the cells of the map, and a pixel weighs on the four that it would be interpolated from."""
+    (views, _, h, w), (H, W), dtype = maps.shape, regions.shape[1:], maps.dtype
+    if count >= h * w:  # tiny regions: the weights would be larger than the maps
+        return embed_regions(maps, regions, count)
+    v, i, j = (regions >= 0).nonzero(as_tuple=True)
+    ids = (v * count + regions[v, i, j]) * h * w
+    y, x = i.to(dtype) * (h - 1) / max(H - 1, 1), j.to(dtype) * (w - 1) / max(W - 1, 1)
+    y0, x0 = y.long(), x.long()
+    weights = torch.zeros(views * count * h * w, dtype=dtype, device=maps.device)
+    for down, fy in ((0, 1 - (y - y0)), (1, y - y0)):
+        for right, fx in ((0, 1 - (x - x0)), (1, x - x0)):
+            cell = (y0 + down).clamp(max=h - 1) * w + (x0 + right).clamp(max=w - 1)
+            weights.index_add_(0, ids + cell, fy * fx)
+    return F.normalize(weights.view(views, count, h * w) @ maps.flatten(2).mT, dim=-1)
 
 
-def add_scores(run, val, counts):
-    """Print further rows, {title: confusion}, and add them to scores.json."""
-    if run.rank == 0:
-        rows = {title: eval.scores(confusion) for title, confusion in counts.items()}
-        print(eval.table(rows, val.names))
-        content = {**json.loads((run.folder / "scores.json").read_text()), **eval.plain(rows)}
-        common.write(run.folder / "scores.json", json.dumps(content, indent=1).encode())
+def distort(x, strength, blur, draw):
+    """SimCLR's colour distortion, then blur: views (n,3,H,W) in [0,1], draw (n,11) uniform numbers.
+
+    Equals torchvision's ColorJitter, RandomGrayscale and GaussianBlur on view after view, in 70
+    calls instead of 48,600 for 160 views; but for one order of the four changes, the first row's.
+    """
+    jitter = 0.8 * strength * (draw[:, :1] < 0.8) * (2 * draw[:, 1:5] - 1)  # 0: as it is
+    light, contrast, saturation, hue = jitter.T[..., None, None, None]  # (n,1,1,1) each
+    changes = (lambda x: x * (1 + light),
+               lambda x: x + contrast * (x - grey(x).mean((1, 2, 3), keepdim=True)),
+               lambda x: x + saturation * (x - grey(x)),
+               lambda x: turn_hue(x, hue / 4))
+    for k in draw[0, 5:9].argsort().tolist():
+        x = changes[k](x).clamp(0, 1)
+    x = torch.where(draw[:, 9, None, None, None] < 0.2 * strength, grey(x), x)
+    if not blur:
+        return x
+    sigma = torch.where(draw[:, 10] < blur, 0.1 + 1.9 * draw[:, 10] / blur, 0.01)  # 0.01: none
+    steps = torch.arange(13, device=x.device) - 6
+    kernel = (-0.5 * (steps / sigma[:, None]) ** 2).softmax(1).repeat_interleave(3, 0)  # (3n,13)
+    y = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]  # (1,3n,H+12,W+12)
+    y = F.conv2d(y, kernel[:, None, None], groups=len(kernel))
+    return F.conv2d(y, kernel[:, None, :, None], groups=len(kernel)).view(x.shape)
+
+
+def grey(x):
+    """(n,3,H,W) -> luminance (n,1,H,W)."""
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def turn_hue(x, turn):
+    """Colours (n,3,H,W) in [0,1] with their hue turned by the share `turn` of the circle."""
+    r, g, b = x.split(1, 1)
+    high, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    hue = torch.where(g == high, 2 * chroma + b - r, 4 * chroma + r - g)
+    hue = torch.where(r == high, g - b, hue) / chroma.clamp(min=1e-12)  # 0 to 6
+    k = (hue + 6 * turn + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- command line
 
-ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-PRESETS = {      # lr: published 0.0025 x images per step, for thousands of steps; short runs need more
-    "default": dict(
-        arch="resnet18", decoder="fpn", code_dim=128, size=320, eval_size=320, regions="slic", region_size=20,
-        ruler=10, views=5, view_size=256, beta=(0.5, 1.5), mask=0.25, colour=1.0, blur=0.5, prototypes=27,
-        queue=5000, queue_start=313, freeze=313, steps=7552, batch_size=32, lr=0.08, warmup=0.02,
-        weight_decay=1e-6, filters=256, probe_images=1000, probe_pixels=500, probe_steps=3000),
-    "scenes": dict(
-        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64, colour=0.4,
-        blur=0.0, beta=(0.75, 1.25), prototypes=32, queue=1000, queue_start=30, freeze=20, steps=200,
-        batch_size=12, lr=1.5, filters=27, probe_images=128, probe_pixels=160, probe_steps=300),
-    "camvid": dict(      # three stages and small images: what a CPU does in minutes
-        depth=3, size=128, eval_size=128, region_size=10, views=3, view_size=96, colour=0.4, blur=0.1,
-        beta=(0.75, 1.25), prototypes=32, queue=2000, queue_start=30, freeze=20, steps=150, batch_size=8,
-        lr=0.5, filters=45, probe_images=128, probe_pixels=160, probe_steps=1000),
-    "camvid/resnet50": dict(steps=80, batch_size=6),
-    "camvid+none": dict(lr=1.5),
-    "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
-                  probe_images=20, probe_steps=10),
-}
-
-
 def arguments():
-    p, whole = common.parser(__doc__), common.whole
-    p.set_defaults(arch="resnet18")
-    for name, text in (
-            ("--arch", "resnet18, resnet34, resnet50, resnet101 or resnet152; a larger one pays on COCO"),
-            ("--depth", "keep the first K of the ResNet's four stages; the last costs most"),
-            ("--weights", "ImageNet weights from a file instead of torchvision's server; none = random")):
-        p._option_string_actions[name].help = text
-    add = p.add_argument_group("ViCE").add_argument
-    add("--decoder", choices=["fpn", "deeplab"], help="fpn for images of about 320 pixels, deeplab "
-        "(DeepLabV3+) for larger ones; the other way round fails in the paper")
-    add("--code-dim", type=whole(1), help="embedding width D; 128 in the paper, 32 costs it 1.5 mIoU")
-    add("--views", type=whole(2), help="views per image, M; 5 in the paper")
-    add("--view-size", type=whole(16), metavar="PIXELS", help="side of a view; a step costs its square")
-    add("--beta", type=float, nargs=2, metavar=("LOW", "HIGH"), help="side of the crop over side of the view")
-    add("--regions", choices=["slic", "grid"], help="superpixels or squares; grid, --region-size 1: pixels")
-    add("--region-size", type=whole(1), metavar="PIXELS", help="mean side of a region; 20 or 10 in the paper")
-    add("--ruler", type=float, help="how compact superpixels are; the larger, the more like a grid")
-    add("--mask", type=float, metavar="SHARE", help="largest side of the noise over the view's; 0 = none")
-    add("--colour", type=float, metavar="STRENGTH", help="of the colour distortion: 1 as in the paper, less "
-        "where colour tells classes apart")
-    add("--blur", type=float, metavar="P", help="share of views that are blurred; 0 where texture matters")
-    add("--prototypes", type=whole(2), help="K: 27 on small images, 128 on large ones")
-    add("--queue", type=whole(1), help="past regions that join the assignment; too many are stale")
-    add("--queue-start", type=whole(0), metavar="STEP", help="step from which the queue is used")
-    add("--freeze", type=whole(0), metavar="STEPS", help="steps in which the prototypes stay as they are")
-    add("--warmup", type=float, metavar="SHARE", help="share of the steps with a rising learning rate")
-    add("--weight-decay", type=float, help="of LARS")
-    add("--eval-size", type=whole(16), metavar="PIXELS", help="shorter side of the images at scoring")
-    add("--filters", type=whole(1), help="L, the width of the linear model: 27, 45, 128, 256 in the paper")
-    add("--probe-images", type=whole(1), help="training images that clusters and linear model are fitted on")
-    add("--probe-pixels", type=whole(1), help="random pixels of each of them")
-    add("--probe-steps", type=whole(1), help="SGD steps of the linear model; 12,000 in the paper")
+    p = common.parser(__doc__)
+    p.set_defaults(arch="resnet18", size=320, steps=7552, batch_size=32, lr=0.08)
+    arch, depth = p._option_string_actions["--arch"], p._option_string_actions["--depth"]
+    arch.choices = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    arch.help = "the network to train; a larger one pays on COCO"
+    depth.help, depth.type = "first K of its four stages; the last costs most", common.whole(1, 4)
+    add = p.group("ViCE")
+    add("--decoder", "fpn", "deeplab for large images", choices=("fpn", "deeplab"))
+    add("--code-dim", 128, "width K of an embedding; 32 costs the paper 1.5 mIoU")
+    add("--views", 5, "views of an image", low=2)
+    add("--view-size", 256, "side of a view; a step costs its square", low=16, metavar="PIXELS")
+    add("--beta", (0.5, 1.5), "least and largest side of a crop over the view's", low=0.05, high=10)
+    add("--regions", "slic", "superpixels, or squares", choices=("slic", "grid"))
+    add("--region-size", 20, "mean side of a region; 1 with grid: pixels", metavar="PIXELS")
+    add("--ruler", 10.0, "how compact superpixels are; the larger, the more like a grid", low=0.01)
+    add("--mask", 0.25, "largest side of the noise over the view's; 0: none", high=1.0)
+    add("--colour", 1.0, "strength of distortion; less where colour tells classes apart", high=1.0)
+    add("--blur", 0.5, "share of views that are blurred; 0 where texture matters", high=1.0)
+    add("--prototypes", 27, "27 on small images, 128 on large ones", low=2)
+    add("--queue", 5000, "past regions that join the assignment; too many are stale")
+    add("--queue-start", 313, "step from which they do", low=0)
+    add("--freeze", 313, "steps in which the prototypes stay as they are", low=0)
+    add("--warmup", 0.02, "share of the steps in which the learning rate rises", high=1.0)
+    add("--weight-decay", 1e-6, "of LARS", high=1.0)
+    add("--accumulate", 1, "parts of a batch, one after the other, where memory is short")
+    add("--eval-size", 320, "shorter side of the images at scoring", low=16, metavar="PIXELS")
+    add("--filters", 256, "width L of the linear model; eval.py fits others")
+    add("--probe-images", 100_000, "train images at most whose pixels the clusters are fitted on")
+    add("--probe-pixels", 20, "random pixels of each of them")
+    add("--probe-steps", 12_000, "SGD steps of the linear model")
+    add("--probe-batch", 16, "whole images in each of them", low=2)
+    add("--probe-lr", 0.01, "their learning rate")
     return p
 
 
+PUBLISHED = dict(batch_size=128, lr=0.32, queue=160_000, protocol="square")
+LARGE = dict(view_size=400, prototypes=128, protocol="native")
+PRESETS = {
+    "scenes": dict(
+        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64,
+        colour=0.4, blur=0.0, beta=(0.75, 1.25), prototypes=32, queue=1000, queue_start=30,
+        freeze=20, steps=200, batch_size=12, lr=1.5, filters=27, probe_images=128,
+        probe_pixels=160, probe_steps=200, probe_batch=4, probe_lr=0.05),
+    "camvid": dict(  # three stages and small images: what a CPU does in minutes
+        depth=3, size=128, eval_size=128, region_size=10, views=3, view_size=96, colour=0.4,
+        blur=0.1, beta=(0.75, 1.25), prototypes=32, queue=2000, queue_start=30, freeze=20,
+        steps=150, batch_size=8, lr=0.5, filters=45, probe_images=128, probe_pixels=160,
+        probe_steps=400, probe_batch=4, probe_lr=0.05),
+    "camvid resnet50": dict(steps=80, batch_size=6),
+    "camvid weights=none": dict(lr=1.5),
+    "coco27": dict(PUBLISHED, steps=7552),  # 4 epochs of 241,690 images in the paper
+    "coco27 decoder=deeplab": dict(LARGE, steps=30_208, warmup=0.005, size=480, eval_size=512),
+    "coco27 resnet1?? decoder=deeplab": dict(steps=22_656, warmup=0.0067),
+    "cityscapes19": dict(PUBLISHED, steps=936),  # 24 epochs of 5,000
+    "cityscapes19 weights=none": dict(steps=5616, warmup=0.0033),
+    "cityscapes19 decoder=deeplab": dict(LARGE, steps=1872, warmup=0.01, size=1024, eval_size=1024),
+    "cityscapes19 resnet50 decoder=deeplab": dict(steps=2808, warmup=0.0067),
+    "cityscapes19 resnet101 decoder=deeplab": dict(steps=2808, warmup=0.0067),
+    "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
+                  probe_images=20, probe_steps=10),
+}
+PRESETS["cityscapes27"] = PRESETS["cityscapes19"]
+
+
+def schedule(args, n):
+    """Nothing to fill in: presets give the published steps, since the images are not the same."""
+
+
 if __name__ == "__main__":
-    common.main(arguments, PRESETS, train)
+    common.main(arguments, PRESETS, schedule, train, data.count)
