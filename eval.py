@@ -924,6 +924,7 @@ def load_data(options, args, split, model):
     """The data set that a run is scored on: its own, unless --data names another."""
     size, patch = options.size or getattr(args, "eval_size", args.size), patch_of(model)
     protocol = options.protocol or (None if options.data else args.protocol)
+    protocol = "native" if protocol == "square" else protocol  # ViCE trains on squares alone
     return data.load(options.data or args.data, options.root or args.root, split,
                      size=-(-size // patch) * patch, protocol=protocol)
 
