@@ -617,8 +617,9 @@ def train(args):
     if args.bench:
         return 0
     model.eval()
-    points, _ = eval.sample_points(model, whole, run.device, 1, args.probe_pixels,
-                                   args.probe_images, args.seed, args.workers)
+    pixels = max(args.probe_pixels, 10 * args.clusters // len(whole))  # of few images, more of each
+    points, _ = eval.sample_points(model, whole, run.device, 1, pixels, args.probe_images, args.seed,
+                                   args.workers)
     centres = eval.kmeans(points.flatten(0, 1), args.clusters, seed=args.seed)
     model.cluster.clusters.data.copy_(centres)
     rows = {}
