@@ -475,7 +475,8 @@ class Views(torch.utils.data.Dataset):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
         square = square and (args.size / args.region_size + 1) ** 2 < 2 ** 15
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (8 * args.size ** 2)
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 20  # Windows: 4 GB
+        room = pages * 4096 // (8 * args.size ** 2)
         shape = min(len(images), 50_000, room) if square else 0, args.size, args.size
         memory = mmap.mmap(-1, 2 * math.prod(shape) or 1)  # zeros, taken page by page
         self.cache = np.ndarray(shape, np.int16, memory)  # labels + 1
@@ -494,7 +495,8 @@ class Views(torch.utils.data.Dataset):
             return self.cache[i] - 1
         picture = picture.permute(1, 2, 0).numpy()
         labels = slic(picture, self.args.region_size, self.args.ruler)
-        self.cache[i:i + 1] = labels + 1
+        if i < len(self.cache):
+            self.cache[i] = labels + 1
         return labels
 
     def __getitem__(self, i):
@@ -618,8 +620,8 @@ def train(args):
         return 0
     model.eval()
     pixels = max(args.probe_pixels, 10 * args.clusters // len(whole))  # of few images, more of each
-    points, _ = eval.sample_points(model, whole, run.device, 1, pixels, args.probe_images, args.seed,
-                                   args.workers)
+    points, _ = eval.sample_points(model, whole, run.device, 1, pixels, args.probe_images,
+                                   args.seed, args.workers)
     centres = eval.kmeans(points.flatten(0, 1), args.clusters, seed=args.seed)
     model.cluster.clusters.data.copy_(centres)
     rows = {}
