@@ -476,7 +476,7 @@ def arguments():
 
 
 PRESETS = {
-    "folder": dict(steps=1000, batch_size=16, probe="kmeans"),
+    "folder": dict(steps=1000, batch_size=16, consistency=0.0, probe="kmeans"),
     # a large pool asks for closer positives; lambda stays 0: few steps leave no codes to follow
     "scenes": dict(size=96, eval_size=96, steps=300, batch_size=4, lr=1e-2, code_dim=64,
                    consistency=0.0, pool=4096, renew=20, warmup=300, probe="kmeans"),
