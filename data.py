@@ -22,7 +22,6 @@ How an image becomes H x W is its `protocol`: PROTOCOLS below. Numbers of differ
 compare: the central square of a Cityscapes frame is half of it.
 """
 import difflib
-import io
 import math
 import os
 import shutil
@@ -30,7 +29,6 @@ import tarfile
 import warnings
 import zipfile
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +36,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy.io import loadmat, whosmat
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torch.utils.data import default_collate
+from torchvision.datasets import Cityscapes
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.utils import save_image
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map  # threads serve: Pillow lets others run
 
 import common
 from common import MEAN, STD
@@ -67,21 +68,17 @@ warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here 
 # ---------------------------------------------------------------- one image
 def open_image(source):
     """The one way to open an image: a file, or pixels that were drawn -> PIL image, of at most
-    MAX_PIXELS, not yet decoded."""
+    MAX_PIXELS, not yet decoded; .mat files are uint8 (H,W,4), or class ids (H,W)."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     if os.path.exists(source) and not os.path.isfile(source):  # a pipe would block
         raise ValueError("no plain file")
-    mat = str(source).endswith(".mat")
-    return open_mat(source) if mat else Image.open(source, formats=FORMATS)
-
-
-def open_mat(path):
-    """IIC's Potsdam: uint8 (H,W,4), the last infrared, or class ids (H,W) -> PIL image."""
-    name, shape, _ = whosmat(path)[0]
+    if not str(source).endswith(".mat"):
+        return Image.open(source, formats=FORMATS)
+    name, shape, _ = whosmat(source)[0]  # IIC's Potsdam: the fourth channel is infrared
     if math.prod(shape) > MAX_PIXELS:  # known before it is unfolded
-        raise ValueError(f"{path} declares {shape} numbers; at most {MAX_PIXELS:,} are read")
-    pixels = loadmat(path, variable_names=[name])[name]
+        raise ValueError(f"{source} declares {shape} numbers; at most {MAX_PIXELS:,} are read")
+    pixels = loadmat(source, variable_names=[name])[name]
     return Image.fromarray(pixels[:, :, :3] if pixels.ndim == 3 else pixels.astype(np.int32))
 
 
@@ -145,8 +142,7 @@ def crop_boxes(h, w, crops):
 
 
 def describe(error):
-    text = str(error).splitlines()[0] if str(error) else "no reason given"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def attempt(function, *args):
@@ -340,6 +336,12 @@ def colours(n, first=1):
     return sum(((k >> 3 * b + c) & 1) << 7 - b for b in range(8)).astype(np.uint8)
 
 
+def described(classes):
+    """torchvision's classes of Cityscapes -> names, palette, class of each id."""
+    palette = np.array([c.color for c in classes], np.uint8)
+    return [c.name for c in classes], palette, numbered(c.id for c in classes)
+
+
 # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
 COCO27 = grouped("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
     100,113-117 120,121,152,169 97,106,107,109,111,122,129,132,155,160,164 99,131,138,142
@@ -351,18 +353,12 @@ COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,acces
     building,ground,plant,sky,solid,structural,water""")
 COCO15 = numbered(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
 COCO3 = numbered([23, 22, 21])[COCO27]
-ABSENT = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}  # ids of things that COCO never labelled
-THINGS, STUFF = [i for i in range(91) if i not in ABSENT], range(91, 182)
+COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # of the ids 0 to 89
+THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # COCO never labelled the others
+THING_NAMES = [COCO_NAMES[i] for i in THINGS]
 LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
 COCO81 = np.where(LABELLED, numbered(THINGS) + 1, -1)  # here all stuff
-COCO171 = np.where(LABELLED, numbered([*THINGS, *STUFF]).clip(0), -1)
-THING_NAMES = words("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,
-    fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,
-    giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,
-    baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,
-    spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
-    potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,
-    toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""")
+COCO171 = np.where(LABELLED, numbered([*THINGS, *range(91, 182)]).clip(0), -1)
 STUFF_NAMES = words("""banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,
     carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,
     door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,
@@ -373,15 +369,8 @@ STUFF_NAMES = words("""banner,blanket,branch,bridge,building-other,bush,cabinet,
     tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,wall-tile,wall-wood,
     water-other,waterdrops,window-blind,window-other,wood""")
 
-CITY27_NAMES = words("""road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,
-    tunnel,pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,
-    bus,caravan,trailer,train,motorcycle,bicycle""")
-CITY27_COLOURS = rgb("""804080 f423e8 faaaa0 e6968c 464646 66669c be9999 b4a5b4 966464 96785a 999999
-    999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64 00005a 00006e
-    005064 0000e6 770b20""")
-CITY27 = numbered(range(7, 34))  # label id - 7
-CITY19 = grouped("7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33")
-CITY19_OF_27 = CITY27[CITY19 >= 0]  # the 19 in terms of the 27
+CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # those before are no part of the scene
+CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
 
 POTSDAM6_NAMES = words("road,building,low vegetation,tree,car,clutter")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
@@ -450,9 +439,8 @@ SETS = {
                  lists=(FEW, FEW)),
     "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
     "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
-    "cityscapes27": Set(CITYSCAPES, CITY27_NAMES, CITY27_COLOURS, CITY27, (2_975, 500)),
-    "cityscapes19": Set(CITYSCAPES, [CITY27_NAMES[k] for k in CITY19_OF_27],
-                        CITY27_COLOURS[CITY19_OF_27], CITY19, (2_975, 500), WHOLE),
+    "cityscapes27": Set(CITYSCAPES, *described(CITY27), (2_975, 500)),
+    "cityscapes19": Set(CITYSCAPES, *described(CITY19), (2_975, 500), WHOLE),
     "potsdam3": Set(POTSDAM, words("road and car,building and clutter,plants"),
                     POTSDAM6_COLOURS[[0, 1, 3]], grouped("0,4 1,5 2,3"), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
@@ -666,7 +654,7 @@ def extract(archive, folder):
     or is 200 times the archive."""
     folder.mkdir(parents=True, exist_ok=True)
     room = min(shutil.disk_usage(folder).free, 200 * os.path.getsize(archive) + 2 ** 20)
-    kind, files = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open, set()
+    kind = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open
     with kind(archive) as content:
         if isinstance(content, tarfile.TarFile):
             members = ((m.name, m.size, m.isfile() and not m.issparse())
@@ -674,56 +662,48 @@ def extract(archive, folder):
         else:
             members = ((m.filename, m.file_size, m.external_attr >> 28 != 0o12)  # 0o12: a link
                        for m in content.infolist() if not m.is_dir())
+        files, above = set(), set()
         for name, size, plain in members:
             path, room = Path(os.path.normpath(name)), room - size
             files.add(path)
+            above.update(path.parents)
             outside = path.is_absolute() or ".." in path.parts or "\\" in name
-            if outside or not plain or room < 0:
-                raise ValueError(f"{archive}: {name!r} is a link, points outside or is larger than "
-                                 "the free disk or 200 archives; nothing was unpacked")
-        for path in files:
-            if not files.isdisjoint(path.parents):
-                raise ValueError(f"{archive}: {path} lies below a file; nothing was unpacked")
+            below = path in above or not files.isdisjoint(path.parents)
+            if outside or below or not plain or room < 0:
+                raise ValueError(f"{archive}: {name!r} is a link, lies outside or below a file, or "
+                                 "outgrows the disk or 200 archives; nothing was unpacked")
         content.extraction_filter = tarfile.data_filter
         content.extractall(folder)
-
-
-def on_all_cores(function, jobs, title):
-    """Threads serve: Pillow decodes beside the others."""
-    with ThreadPool() as pool:
-        return list(tqdm(pool.imap(function, jobs), title, len(jobs), disable=None))
 
 
 def make_coco_lists(root):
     """annotations/ -> the lists `_7` that are absent, by IIC's rule."""
     def fits(path):  # at least 360 x 360 pixels, 75 % of them of the 15 classes
-        ids, why = attempt(read_ids, str(path))
+        ids, why = attempt(read_ids, path)
         return not why and min(ids.shape) >= 360 and (COCO15[ids] >= 0).mean() >= 0.75
 
     base = base_of(root, "annotations")
     for part in ("train2017", "val2017"):
-        labels = sorted((base / "annotations" / part).glob("*.png"))
         path = base / f"curated/{part}/{CURATED}.txt"
         if not path.is_file():
-            taken = zip(labels, on_all_cores(fits, labels, f"list of {part}"))
-            common.write(path, "".join(f"{at.stem}\n" for at, take in taken if take).encode())
-
-
-# the 24 tiles that were labelled when IIC made its set (row_column); later releases label all 38
-POTSDAM_LABELLED = {f"{row}_{k}" for row in range(2, 8) for k in range(10 if row < 6 else 7, 13)}
+            labels = sorted((base / "annotations" / part).glob("*.png"))
+            taken = zip(labels, thread_map(fits, labels, desc=f"list of {part}"))
+            common.write(path, "\n".join(at.stem for at, take in taken if take).encode())
 
 
 def make_potsdam(root):
     """Raw tiles (6000 x 6000) -> imgs/*.png, gt/*.png (200 x 200), IIC's lists, drawn by a seed."""
-    number, ids = 0, {"imgs": [], "gt": []}  # of those without a label, with one
-    for name in ids:
-        (root / name).mkdir(exist_ok=True)
+    # the 24 tiles that were labelled when IIC made its set (row_column); now all 38 are
+    known = {f"{row}_{k}" for row in range(2, 8) for k in range(10 if row < 6 else 7, 13)}
+    number, labelled, unlabelled = 0, [], []
+    (root / "imgs").mkdir(exist_ok=True)
+    (root / "gt").mkdir(exist_ok=True)
     for path in tqdm(sorted(root.rglob("*_RGBIR.tif")), "tiles"):
         place = "_".join(path.stem.split("_")[2:4])  # top_potsdam_2_10_RGBIR -> 2_10
         label = next(root.rglob(f"*_{place}_label.tif"), None)
         with open_image(path) as image:  # infrared is no alpha; bilinear at one half is a mean
             parts = {"imgs": Image.merge("RGB", image.split()[:3]).reduce(2)}
-        if label and place in POTSDAM_LABELLED:  # off-palette pixels occur: the nearest colour
+        if label and place in known:  # off-palette pixels occur: the nearest colour
             pixels = np.asarray(read_image(str(label)))[::2, ::2].astype(int)
             far = [((pixels - colour) ** 2).sum(-1) for colour in POTSDAM6_COLOURS.astype(int)]
             parts["gt"] = Image.fromarray(np.argmin(far, 0).astype(np.uint8))
@@ -731,13 +711,13 @@ def make_potsdam(root):
             for name, whole in parts.items():
                 cut = whole.crop((200 * x, 200 * y, 200 * x + 200, 200 * y + 200))
                 cut.save(root / name / f"{number}.png")
-            ids[name].append(number)
+            (labelled if "gt" in parts else unlabelled).append(number)
             number += 1
-    drawn, test = np.random.default_rng(0).permutation(ids["gt"]), number // 10  # a tenth of all
-    lists = {"unlabelled_train": ids["imgs"], "labelled_train": drawn[test:],
+    drawn, test = np.random.default_rng(0).permutation(labelled), number // 10  # a tenth of all
+    lists = {"unlabelled_train": unlabelled, "labelled_train": drawn[test:],
              "labelled_test": drawn[:test]}
     for name, chosen in lists.items():  # last: a killed preparation shows
-        common.write(root / f"{name}.txt", "".join(f"{i}\n" for i in sorted(chosen)).encode())
+        common.write(root / f"{name}.txt", "\n".join(map(str, sorted(chosen))).encode())
 
 
 def prepare(layout, root):
@@ -765,10 +745,10 @@ def check(name, root, split, everything):
     except FileNotFoundError as error:
         print(f"{split}: missing: {error}")
         return 1
-    wanted = published(name, split, images.protocol)
-    print(f"{split}: {len(images):,} images" + f" (published: {wanted:,})" * (wanted > 0))
+    print(f"{split}: {len(images):,} images")
     bad = [": ".join(pair) for pair in images.skipped]
-    if wanted not in (0, len(images)):
+    wanted = published(name, split, images.protocol) or len(images)
+    if wanted != len(images):
         bad.append(f"{len(images):,} images where {wanted:,} were published")
     if everything:
         def look(i):
@@ -777,14 +757,14 @@ def check(name, root, split, everything):
             return item["error"], ids.bincount(minlength=images.classes + 1)
 
         images.split, images.protocol = "", "native"  # labels as they are; their errors count
-        errors, pixels = zip(*on_all_cores(look, range(len(images)), split))
+        errors, pixels = zip(*thread_map(look, range(len(images)), desc=split, disable=None))
         bad += [f"{path}: {error}" for path, error in zip(images.paths, errors) if error]
-        shares, palette = sum(pixels) / sum(pixels).sum(), [b"\0\0\0", *images.palette]
-        for share, colour, title in zip(shares, palette, ["no class", *images.names]):
+        palette = np.insert(images.palette, 0, 0, axis=0)  # black where there is no class
+        shares, titles = sum(pixels) / sum(pixels).sum(), ["no class", *images.names]
+        for share, colour, title in zip(shares, palette, titles):
             print(f"  {share:6.1%}  #{bytes(colour).hex()}  {title}")
-        picture, path = io.BytesIO(), Path(f"runs/preview-{images.name}-{split}.png")
-        preview(images).save(picture, "PNG")
-        common.write(path, picture.getvalue())
+        path = Path(f"runs/preview-{images.name}-{split}.png")
+        preview(images, torch.from_numpy(palette), path)
         print(f"  {path}")
     print(f"  {len(bad)} problems" + ", the first 20 of them:" * (len(bad) > 20))
     for text in bad[:20]:
@@ -792,14 +772,13 @@ def check(name, root, split, everything):
     return len(bad)
 
 
-def preview(images):
-    """Nine images spread over the split, each beside its label."""
+def preview(images, palette, path):
+    """Nine images spread over the split, each beside its label in the colours of label + 1."""
     images.size, images.protocol = 240, "squash"
-    items = [images[int(i)] for i in np.linspace(0, len(images) - 1, 9)]
-    photos = torch.stack([item["image"] for item in items]) * STD + MEAN
-    palette = torch.from_numpy(np.vstack([images.palette, [[0, 0, 0]]]))  # -1, the last, is black
-    labels = palette[torch.stack([item["label"] for item in items])].permute(0, 3, 1, 2) / 255
-    return to_pil_image(make_grid(torch.stack([photos, labels], 1).flatten(0, 1).clamp(0, 1), 6))
+    items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
+    labels = palette[items["label"] + 1].movedim(3, 1) / 255
+    path.parent.mkdir(exist_ok=True)
+    save_image(torch.stack([items["image"] * STD + MEAN, labels], 1).flatten(0, 1), path, nrow=6)
 
 
 def main(argv=None):
