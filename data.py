@@ -21,7 +21,6 @@ results of ours are left out. In it, all optional:
 How an image becomes H x W is its `protocol`: PROTOCOLS below. Numbers of different protocols do not
 compare: the central square of a Cityscapes frame is half of it.
 """
-import difflib
 import math
 import os
 import shutil
@@ -179,16 +178,21 @@ class Images(torch.utils.data.Dataset):
         sizes = (os.stat(path).st_size if os.path.exists(path) else 0 for path in self.paths)
         return [f"{os.path.relpath(path, self.root)} {n}" for path, n in zip(self.paths, sizes)]
 
+    @lru_cache(maxsize=2)  # the crops of an image, and those of its label, share one decoding
+    def decode(self, i, label, changed):
+        if not label:
+            return read_image(self.photos[i])
+        return Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
+
     def read(self, i, label=False):
         """-> PIL image of item i, or of its label's classes + 1 (ignore = 0 fits a byte; None: no
         label), before resizing."""
         i, c = divmod(i, self.crops or 1)
-        if label and self.labels[i] is None:
+        source = (self.labels if label else self.photos)[i]
+        if source is None:
             return None
-        if label:
-            image = Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
-        else:
-            image = read_image(self.photos[i])
+        changed = os.path.getmtime(source) if isinstance(source, str) else 0
+        image = self.decode(i, label, changed)
         if self.crops:
             top, left, h, w, mirrored = crop_boxes(image.height, image.width, self.crops)[c]
             image = image.crop((left, top, left + w, top + h))
@@ -306,18 +310,13 @@ def draw_scene(rng, s):
 
 
 # ---------------------------------------------------------------- label maps and class names
-def numbered(ids):
-    """Each id a class of its own -> (256,) class of each id, -1 = ignore."""
-    return grouped(" ".join(map(str, ids)))
-
-
-def grouped(text):
-    """ "0,4 1-3": the ids of class 0, of class 1, ... -> (256,) class of each id, -1 = ignore."""
-    classes = np.full(256, -1)
-    for k, ranges in enumerate(text.split()):
-        for low, _, high in (part.partition("-") for part in ranges.split(",")):
-            classes[int(low):int(high or low) + 1] = k
-    return classes
+def table_of(classes):
+    """The ids of each class, as 7 or "0,4-6" -> (256,) class of each id, -1 = ignore."""
+    table = np.full(256, -1)
+    for k, ids in enumerate(classes):
+        for low, _, high in (part.partition("-") for part in str(ids).split(",")):
+            table[int(low):int(high or low) + 1] = k
+    return table
 
 
 def words(text):
@@ -339,26 +338,26 @@ def colours(n, first=1):
 def described(classes):
     """torchvision's classes of Cityscapes -> names, palette, class of each id."""
     palette = np.array([c.color for c in classes], np.uint8)
-    return [c.name for c in classes], palette, numbered(c.id for c in classes)
+    return [c.name for c in classes], palette, table_of(c.id for c in classes)
 
 
 # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
-COCO27 = grouped("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
+COCO27 = table_of("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
     100,113-117 120,121,152,169 97,106,107,109,111,122,129,132,155,160,164 99,131,138,142
     91,92,103,104,108,130,136,140,151,166,167 170-176 179,180 94,95,127,150,157,165
     110,124,125,135,139,143,144,146,148,153,158 93,96,118,123,128,133,141,162,168 105,156
-    126,134,149,159,161,181 98,112,137,145,163 119,147,154,177,178""")
+    126,134,149,159,161,181 98,112,137,145,163 119,147,154,177,178""".split())
 COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,
     person,sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,raw-material,textile,wall,window,
     building,ground,plant,sky,solid,structural,water""")
-COCO15 = numbered(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
-COCO3 = numbered([23, 22, 21])[COCO27]
+COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
+COCO3 = table_of([23, 22, 21])[COCO27]
 COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # of the ids 0 to 89
 THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # COCO never labelled the others
 THING_NAMES = [COCO_NAMES[i] for i in THINGS]
 LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
-COCO81 = np.where(LABELLED, numbered(THINGS) + 1, -1)  # here all stuff
-COCO171 = np.where(LABELLED, numbered([*THINGS, *range(91, 182)]).clip(0), -1)
+COCO81 = np.where(LABELLED, table_of(THINGS) + 1, -1)  # here all stuff
+COCO171 = np.where(LABELLED, table_of([*THINGS, *range(91, 182)]).clip(0), -1)
 STUFF_NAMES = words("""banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,
     carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,
     door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,
@@ -431,7 +430,7 @@ CURATED = FULL + "_7"
 COUNTS = {FULL: (97_702, 4_172), CURATED: (49_629, 2_175), FEW: (35_228, 1_432)}
 WHOLE = "picie", "whole"
 SETS = {
-    "scenes": Set(None, SCENE_NAMES, SCENE_COLOURS, numbered(range(6)), (200, 60),
+    "scenes": Set(None, SCENE_NAMES, SCENE_COLOURS, table_of(range(6)), (200, 60),
                   ("picie", "picie")),
     "coco27": Set(COCO, COCO27_NAMES, colours(27), COCO27, lists=(FULL, CURATED)),
     "coco15": Set(COCO, COCO27_NAMES[12:], colours(15, 13), COCO15, lists=(CURATED, CURATED)),
@@ -442,15 +441,15 @@ SETS = {
     "cityscapes27": Set(CITYSCAPES, *described(CITY27), (2_975, 500)),
     "cityscapes19": Set(CITYSCAPES, *described(CITY19), (2_975, 500), WHOLE),
     "potsdam3": Set(POTSDAM, words("road and car,building and clutter,plants"),
-                    POTSDAM6_COLOURS[[0, 1, 3]], grouped("0,4 1,5 2,3"), (4_545, 855),
+                    POTSDAM6_COLOURS[[0, 1, 3]], table_of(["0,4", "1,5", "2,3"]), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
     # as IIC and SAN have it: trained on every image, scored on every labelled one
-    "potsdam6": Set(POTSDAM, POTSDAM6_NAMES, POTSDAM6_COLOURS, numbered(range(6)), (8_550, 5_400),
+    "potsdam6": Set(POTSDAM, POTSDAM6_NAMES, POTSDAM6_COLOURS, table_of(range(6)), (8_550, 5_400),
                     lists=("unlabelled_train labelled_train labelled_test",
                            "labelled_train labelled_test")),
-    "voc21": Set(VOC, VOC_NAMES, colours(21, 0), numbered(range(21)), (1_464, 1_449),
+    "voc21": Set(VOC, VOC_NAMES, colours(21, 0), table_of(range(21)), (1_464, 1_449),
                  ("squash", "squash"), ("listed", "listed")),
-    "camvid": Set(CAMVID, CAMVID_NAMES, CAMVID_COLOURS, numbered(range(11)), (367, 101), WHOLE,
+    "camvid": Set(CAMVID, CAMVID_NAMES, CAMVID_COLOURS, table_of(range(11)), (367, 101), WHOLE,
                   splits=("train", "val", "test")),
 }
 FOLDER = Set(None, [], None, None, protocols=WHOLE, splits=("train", "val", "all"))
@@ -541,22 +540,21 @@ def folder(root, split, seed):
         kinds = sorted({os.path.splitext(path)[1] for path in skipped})
         common.say(f"skipped as unreadable: {len(skipped)} (among {' '.join(kinds)}), first "
                    + ": ".join(min(skipped.items())))
-    names = root / "classes.txt"
-    names = read_lines(names) if names.is_file() else [""] * count_classes(pairs.values())
+    if (root / "classes.txt").is_file():
+        names = read_lines(root / "classes.txt")
+    else:
+        names = [""] * max(map(count_ids, filter(None, pairs.values())), default=0)
     names = [name or f"class {k}" for k, name in enumerate(names)]
-    chosen = choose(root, pairs, skipped, split, seed) if pairs else []
+    chosen = choose(root, pairs, skipped, split, seed)
     return chosen, [pairs[path] for path in chosen], names, list(skipped.items())
 
 
-def count_classes(labels):
-    """-> 1 + the largest id in the label files."""
-    count = 0
-    for path in filter(None, labels):
-        ids, why = attempt(read_ids, path)
-        if why:
-            raise ValueError(f"label {path} cannot be read: {why}")
-        count = max(count, int((ids + 1).max()))  # bytes: 255 + 1 is 0
-    return count
+def count_ids(path):
+    """-> 1 + the largest id in a label file."""
+    ids, why = attempt(read_ids, path)
+    if why:
+        raise ValueError(f"label {path} cannot be read: {why}")
+    return int((ids + 1).max())  # bytes: 255 + 1 is 0
 
 
 def choose(root, pairs, skipped, split, seed):
@@ -604,12 +602,11 @@ def count(args):
 def find_folder(name, root):
     """Directory of a user's own images; an absolute name gives way to `root`: it was moved."""
     path = Path(root if root and os.path.isabs(name) else name)
-    if path.is_dir():
-        return path
-    beside = [p.name for p in path.absolute().parent.glob("*/")]
-    near = difflib.get_close_matches(path.name, [*beside, *SETS], 1) or SETS
-    hint = common.did_you_mean(path.name, near)
-    raise ValueError(f"no data set {name!r} and no directory {path}{hint}")
+    if not path.is_dir():
+        known = [*SETS, *(at.name for at in path.absolute().parent.glob("*/"))]
+        hint = common.did_you_mean(path.name, known)
+        raise ValueError(f"no data set {name!r} and no directory {path}{hint}")
+    return path
 
 
 def load(name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
@@ -634,7 +631,7 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
         root = how["root"] = find_folder(name, root)
         name = root.resolve().name
         paths, labels, names, how["skipped"] = folder(root, split, seed)
-        data = Set(None, names, colours(len(names)), numbered(range(len(names))))
+        data = Set(None, names, colours(len(names)), table_of(range(len(names))))
     elif root is None:
         raise ValueError(f"{name} needs --root DIR, the directory that holds it")
     else:
@@ -751,34 +748,19 @@ def check(name, root, split, everything):
     if wanted != len(images):
         bad.append(f"{len(images):,} images where {wanted:,} were published")
     if everything:
-        def look(i):
-            item = images[i]
-            ids = item["label"].flatten() + 1
-            return item["error"], ids.bincount(minlength=images.classes + 1)
-
-        images.split, images.protocol = "", "native"  # labels as they are; their errors count
-        errors, pixels = zip(*thread_map(look, range(len(images)), desc=split, disable=None))
+        images.split, images.size, images.protocol = "", 240, "squash"  # "": labels' errors count
+        errors = thread_map(lambda i: images[i]["error"], range(len(images)), disable=None)
         bad += [f"{path}: {error}" for path, error in zip(images.paths, errors) if error]
-        palette = np.insert(images.palette, 0, 0, axis=0)  # black where there is no class
-        shares, titles = sum(pixels) / sum(pixels).sum(), ["no class", *images.names]
-        for share, colour, title in zip(shares, palette, titles):
-            print(f"  {share:6.1%}  #{bytes(colour).hex()}  {title}")
+        items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
+        palette = torch.from_numpy(np.insert(images.palette, 0, 0, axis=0))  # no class: black
+        labels = palette[items["label"] + 1].movedim(3, 1) / 255
+        pairs = torch.stack([items["image"] * STD + MEAN, labels], 1)
         path = Path(f"runs/preview-{images.name}-{split}.png")
-        preview(images, torch.from_numpy(palette), path)
+        path.parent.mkdir(exist_ok=True)
+        save_image(pairs.flatten(0, 1), path, nrow=6)
         print(f"  {path}")
-    print(f"  {len(bad)} problems" + ", the first 20 of them:" * (len(bad) > 20))
-    for text in bad[:20]:
-        print("  *", text.replace("\n", "\\n"))
+    print(f"  {len(bad)} problems, of which at most 20 are shown", *bad[:20], sep="\n  * ")
     return len(bad)
-
-
-def preview(images, palette, path):
-    """Nine images spread over the split, each beside its label in the colours of label + 1."""
-    images.size, images.protocol = 240, "squash"
-    items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
-    labels = palette[items["label"] + 1].movedim(3, 1) / 255
-    path.parent.mkdir(exist_ok=True)
-    save_image(torch.stack([items["image"] * STD + MEAN, labels], 1).flatten(0, 1), path, nrow=6)
 
 
 def main(argv=None):
@@ -792,18 +774,17 @@ def main(argv=None):
         for name, data in SETS.items():
             print(f"{name:13} {len(data.names):3} classes, protocol {' and '.join(data.protocols)}")
         return 0
-    layout = SETS[args.name].layout if args.name in SETS else None
-    if layout:
-        print(f"{args.name}: {', '.join(SETS[args.name].names)}\n")
-        for what, where in zip(("images", "labels", "lists"), filter(None, layout[:3])):
-            print(f"    {what}: {where.format('SPLIT', list='LIST')}")
-        print(layout.note, "", *(url for url, _ in layout.sources), "", sep="\n")
+    data = SETS.get(args.name, FOLDER)
+    if data.layout:
+        where = "\n    ".join(data.layout[:3]).replace("{}", "SPLIT")
+        print(f"{args.name}: {', '.join(data.names)}\n\n    {where}{data.layout.note}\n")
+        print(*(url for url, _ in data.layout.sources), "", sep="\n")
         if not (args.root or args.download or args.check):
             return 0
     if args.download:
-        if not (layout and args.root):
+        if not (data.layout and args.root):
             raise ValueError("--download needs the name of a published data set, and --root DIR")
-        prepare(layout, Path(args.root))
+        prepare(data.layout, Path(args.root))
     problems = [check(args.name, args.root, split, args.check) for split in ("train", "val")]
     return int(any(problems))
 
