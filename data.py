@@ -38,6 +38,7 @@ from scipy.io import loadmat, whosmat
 from torch.utils.data import default_collate
 from torchvision.datasets import Cityscapes
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.transforms.functional import center_crop, resize
 from torchvision.utils import save_image
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map  # threads serve: Pillow lets others run
@@ -52,9 +53,7 @@ PROTOCOLS = {  # how images are resampled; labels always NEAREST
     "squash": NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
     "whole": BILINEAR,  # shorter side = size, nothing cut, sides rounded to 16, 14 or 8
     "native": BILINEAR,  # not rounded, labels as they are, COCO trains on `_7` (ViCE's scores)
-    # the central square, and `_7`; val is native. ViCE, but that its code trains on unlabeled2017
-    # and on all 5,000 images of Cityscapes as well
-    "square": BICUBIC}
+    "square": BICUBIC}  # the central square, and `_7`; val is native (ViCE)
 CROPS = {5: (0.5,), 10: (0.5,), 20: (0.5, 0.8), 50: (0.3, 0.4, 0.5, 0.6, 0.7)}  # sides, as a share
 FORMATS = "JPEG PNG BMP GIF TIFF WEBP PPM JPEG2000 AVIF".split()  # not EPS: it starts Ghostscript
 SUFFIXES = set(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
@@ -121,10 +120,7 @@ def fit(image, size, protocol, how):
         return image.resize([max(to, round(side * scale / to) * to) for side in (w, h)], how)
     x, y = max(0, w // 2 - 8 * h), max(0, h // 2 - 8 * w)  # as above; its ends would be cut off
     image = image.crop((x, y, w - x, h - y))
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    x, y = round((w - size) / 2), round((h - size) / 2)
-    return image.resize((w, h), how).crop((x, y, x + size, y + size))
+    return center_crop(resize(image, size, how), size)
 
 
 def crop_boxes(h, w, crops):
@@ -299,8 +295,7 @@ def draw_scene(rng, s):
         image[trunk] = base[5] * f(0.7) + f(20)
         image[crown] = (base[5] * u(0.8, 1.2) + leaves[..., None])[crown]
     haze = u(0, 0.4) * (1 - abs(y - horizon) * f(2.5)).clip(0, 1)[..., None]
-    image = image * (1 - haze) + f(190) * haze
-    image = image * u(0.65, 1.35, 3)  # light and colour cast
+    image = (image * (1 - haze) + f(190) * haze) * u(0.65, 1.35, 3)  # light and colour cast
     if u() < 0.6:  # blur, 3 x 3
         pad = np.pad(image, ((1, 1), (1, 1), (0, 0)), "edge")
         rows = pad[:-2] + pad[1:-1] + pad[2:]
@@ -317,10 +312,6 @@ def table_of(classes):
         for low, _, high in (part.partition("-") for part in str(ids).split(",")):
             table[int(low):int(high or low) + 1] = k
     return table
-
-
-def words(text):
-    return [" ".join(word.split()) for word in text.split(",")]
 
 
 def rgb(text):
@@ -347,9 +338,9 @@ COCO27 = table_of("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-4
     91,92,103,104,108,130,136,140,151,166,167 170-176 179,180 94,95,127,150,157,165
     110,124,125,135,139,143,144,146,148,153,158 93,96,118,123,128,133,141,162,168 105,156
     126,134,149,159,161,181 98,112,137,145,163 119,147,154,177,178""".split())
-COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,
-    person,sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,raw-material,textile,wall,window,
-    building,ground,plant,sky,solid,structural,water""")
+COCO27_NAMES = """electronic appliance food furniture indoor kitchen accessory animal outdoor person
+    sports vehicle ceiling floor food-stuff furniture-stuff raw-material textile wall window
+    building ground plant sky solid structural water""".split()
 COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
 COCO3 = table_of([23, 22, 21])[COCO27]
 COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # of the ids 0 to 89
@@ -358,28 +349,26 @@ THING_NAMES = [COCO_NAMES[i] for i in THINGS]
 LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
 COCO81 = np.where(LABELLED, table_of(THINGS) + 1, -1)  # here all stuff
 COCO171 = np.where(LABELLED, table_of([*THINGS, *range(91, 182)]).clip(0), -1)
-STUFF_NAMES = words("""banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,
-    carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,
-    door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,
-    food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,
-    mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,
-    playingfield,railing,railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,
-    skyscraper,snow,solid-other,stairs,stone,straw,structural-other,table,tent,textile-other,towel,
-    tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,wall-tile,wall-wood,
-    water-other,waterdrops,window-blind,window-other,wood""")
+STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet
+    ceiling-other ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt
+    door-stuff fence floor-marble floor-other floor-stone floor-tile floor-wood flower fog
+    food-other fruit furniture-other grass gravel ground-other hill house leaves light mat metal
+    mirror-stuff moss mountain mud napkin net paper pavement pillow plant-other plastic platform
+    playingfield railing railroad river road rock roof rug salad sand sea shelf sky-other skyscraper
+    snow solid-other stairs stone straw structural-other table tent textile-other towel tree
+    vegetable wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood
+    water-other waterdrops window-blind window-other wood""".split()
 
 CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # those before are no part of the scene
 CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
 
-POTSDAM6_NAMES = words("road,building,low vegetation,tree,car,clutter")
+POTSDAM6_NAMES = "road,building,low vegetation,tree,car,clutter".split(",")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
-VOC_NAMES = words("""background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,
-    dining table,dog,horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor""")
-CAMVID_NAMES = words("sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist")
+VOC_NAMES = ("background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,"
+             "horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor").split(",")
+CAMVID_NAMES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
 CAMVID_COLOURS = rgb("""808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000
     0080c0""")
-SCENE_NAMES = words("sky,grass,water,road,building,tree")
-SCENE_COLOURS = rgb("4682b4 98fb98 0050c8 804080 800000 6b8e23")
 
 
 # ---------------------------------------------------------------- published data sets
@@ -430,17 +419,18 @@ CURATED = FULL + "_7"
 COUNTS = {FULL: (97_702, 4_172), CURATED: (49_629, 2_175), FEW: (35_228, 1_432)}
 WHOLE = "picie", "whole"
 SETS = {
-    "scenes": Set(None, SCENE_NAMES, SCENE_COLOURS, table_of(range(6)), (200, 60),
+    "scenes": Set(None, "sky grass water road building tree".split(),
+                  rgb("4682b4 98fb98 0050c8 804080 800000 6b8e23"), table_of(range(6)), (200, 60),
                   ("picie", "picie")),
     "coco27": Set(COCO, COCO27_NAMES, colours(27), COCO27, lists=(FULL, CURATED)),
     "coco15": Set(COCO, COCO27_NAMES[12:], colours(15, 13), COCO15, lists=(CURATED, CURATED)),
-    "coco3": Set(COCO, words("sky,plant,ground"), colours(27)[[23, 22, 21]], COCO3,
+    "coco3": Set(COCO, ["sky", "plant", "ground"], colours(27)[[23, 22, 21]], COCO3,
                  lists=(FEW, FEW)),
     "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
     "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
     "cityscapes27": Set(CITYSCAPES, *described(CITY27), (2_975, 500)),
     "cityscapes19": Set(CITYSCAPES, *described(CITY19), (2_975, 500), WHOLE),
-    "potsdam3": Set(POTSDAM, words("road and car,building and clutter,plants"),
+    "potsdam3": Set(POTSDAM, ["road and car", "building and clutter", "plants"],
                     POTSDAM6_COLOURS[[0, 1, 3]], table_of(["0,4", "1,5", "2,3"]), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
     # as IIC and SAN have it: trained on every image, scored on every labelled one
@@ -467,8 +457,7 @@ def list_images(folder):
                                     onerror=lambda error: found.append(error.filename)):
         real = os.path.realpath(at)
         if real in seen or RESULTS & {*files}:  # a link may lead back up
-            below.clear()
-            continue
+            below[:] = files[:] = []
         seen.add(real)
         below[:] = [n for n in below if not n.startswith((".", "__MACOSX")) and n != "runs"]
         found += [os.path.join(at, n) for n in files
@@ -543,18 +532,16 @@ def folder(root, split, seed):
     if (root / "classes.txt").is_file():
         names = read_lines(root / "classes.txt")
     else:
-        names = [""] * max(map(count_ids, filter(None, pairs.values())), default=0)
+        count = 0
+        for path in filter(None, pairs.values()):
+            ids, why = attempt(read_ids, path)
+            if why:
+                raise ValueError(f"label {path} cannot be read: {why}")
+            count = max(count, int((ids + 1).max()))  # bytes: 255 + 1 is 0
+        names = [""] * count
     names = [name or f"class {k}" for k, name in enumerate(names)]
     chosen = choose(root, pairs, skipped, split, seed)
     return chosen, [pairs[path] for path in chosen], names, list(skipped.items())
-
-
-def count_ids(path):
-    """-> 1 + the largest id in a label file."""
-    ids, why = attempt(read_ids, path)
-    if why:
-        raise ValueError(f"label {path} cannot be read: {why}")
-    return int((ids + 1).max())  # bytes: 255 + 1 is 0
 
 
 def choose(root, pairs, skipped, split, seed):
@@ -587,10 +574,8 @@ def lists_of(data, split, protocol):
 
 def published(name, split="train", protocol=None):
     """Published number of images of a split, 0 where unknown."""
-    if name not in SETS or split not in ("train", "val"):
-        return 0
-    lists = lists_of(SETS[name], split, protocol)
-    return COUNTS.get(lists, SETS[name].counts)[split == "val"]
+    data = SETS.get(name, FOLDER)
+    return COUNTS.get(lists_of(data, split, protocol), data.counts)[split != "train"]
 
 
 def count(args):
@@ -637,8 +622,7 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
     else:
         paths, labels = find(data.layout, Path(root), split, lists_of(data, split, protocol))
         if split != "train" and None in labels:
-            common.say(f"{name}: {labels.count(None):,} of {len(labels):,} images of split {split} "
-                       "have no label file")
+            common.say(f"{name} {split}: {labels.count(None):,} images have no label file")
     if not paths:
         raise FileNotFoundError(f"no image of split {split} in {root} or below")
     return Images(name, split, data, paths, labels, **how)
