@@ -158,9 +158,9 @@ class Images(torch.utils.data.Dataset):
     read_images = True  # False: empty images, for cached features
     unreadable = ()  # items that then count as such
 
-    def __init__(self, name, split, data, paths, labels, photos=None, size=224, crops=None,
-                 protocol="picie", root="", skipped=()):
-        self.name, self.split, self.root, self.skipped = name, split, str(root), skipped
+    def __init__(self, name, split, data, paths, labels, photos, size, crops, protocol, root,
+                 skipped):
+        self.name, self.split, self.root, self.skipped = name, split, str(root or ""), skipped
         self.names, self.palette, self.table = list(data.names), data.palette, data.table
         self.paths, self.labels, self.classes = paths, labels, len(self.names)
         self.photos = paths if photos is None else photos  # paths or pixels, as are the labels
@@ -326,12 +326,6 @@ def colours(n, first=1):
     return sum(((k >> 3 * b + c) & 1) << 7 - b for b in range(8)).astype(np.uint8)
 
 
-def described(classes):
-    """torchvision's classes of Cityscapes -> names, palette, class of each id."""
-    palette = np.array([c.color for c in classes], np.uint8)
-    return [c.name for c in classes], palette, table_of(c.id for c in classes)
-
-
 # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
 COCO27 = table_of("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
     100,113-117 120,121,152,169 97,106,107,109,111,122,129,132,155,160,164 99,131,138,142
@@ -358,10 +352,8 @@ STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage c
     snow solid-other stairs stone straw structural-other table tent textile-other towel tree
     vegetable wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood
     water-other waterdrops window-blind window-other wood""".split()
-
 CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # those before are no part of the scene
 CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
-
 POTSDAM6_NAMES = "road,building,low vegetation,tree,car,clutter".split(",")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
 VOC_NAMES = ("background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,"
@@ -395,8 +387,7 @@ CITYSCAPES = Layout("leftImg8bit/{}", "gtFine/{}", note="""
     leftImg8bit_trainvaltest.zip (11 GB) in DIR.""", endings=("_leftImg8bit", "_gtFine_labelIds"))
 POTSDAM = Layout("imgs", "gt", "{list}.txt", sources=((f"{OXFORD}/Potsdam.tar.gz", ""),), note="""
     --download fetches IIC's 200 x 200, or cuts ISPRS's own tiles *_RGBIR.tif and *_label.tif where
-    they lie in DIR (www.isprs.org/education/benchmarks/UrbanSemLab) and draws lists by a seed. IIC
-    drew them without one: only its archive gives the papers' split.""")
+    they lie in DIR and draws lists by a seed: only IIC's are the papers'.""")
 VOC = Layout("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", sources=(
     ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", ""),))
 CAMVID = Layout("{}", "{}annot", sources=(
@@ -428,8 +419,10 @@ SETS = {
                  lists=(FEW, FEW)),
     "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
     "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
-    "cityscapes27": Set(CITYSCAPES, *described(CITY27), (2_975, 500)),
-    "cityscapes19": Set(CITYSCAPES, *described(CITY19), (2_975, 500), WHOLE),
+    "cityscapes27": Set(CITYSCAPES, [c.name for c in CITY27], np.uint8([c.color for c in CITY27]),
+                        table_of(c.id for c in CITY27), (2_975, 500)),
+    "cityscapes19": Set(CITYSCAPES, [c.name for c in CITY19], np.uint8([c.color for c in CITY19]),
+                        table_of(c.id for c in CITY19), (2_975, 500), WHOLE),
     "potsdam3": Set(POTSDAM, ["road and car", "building and clutter", "plants"],
                     POTSDAM6_COLOURS[[0, 1, 3]], table_of(["0,4", "1,5", "2,3"]), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
@@ -512,6 +505,10 @@ def find(layout, root, split, lists):
 
 def folder(root, split, seed):
     """A user's own images -> paths, label paths, names of the classes, skipped [(path, why)]."""
+    if not root.is_dir():
+        known = [*SETS, *(at.name for at in root.absolute().parent.glob("*/"))]
+        hint = common.did_you_mean(root.name, known)
+        raise ValueError(f"no data set {root.name!r} and no directory {root}{hint}")
     if any((root / name).exists() for name in RESULTS):
         raise ValueError(f"{root} holds results of ours; images need a folder of their own")
     labels = by_stem(root / "labels" if (root / "labels").is_dir() else root.parent / "labels")
@@ -526,9 +523,8 @@ def folder(root, split, seed):
         else:
             pairs[path] = labels.get(stem) or labels.get(stem.partition(os.sep)[2])
     if skipped and split != "val":  # train and val skip the same files
-        kinds = sorted({os.path.splitext(path)[1] for path in skipped})
-        common.say(f"skipped as unreadable: {len(skipped)} (among {' '.join(kinds)}), first "
-                   + ": ".join(min(skipped.items())))
+        kinds = " ".join(sorted({os.path.splitext(path)[1] for path in skipped}))
+        common.say(f"skipped as unreadable: {len(skipped)} (among {kinds}), first {min(skipped)}")
     if (root / "classes.txt").is_file():
         names = read_lines(root / "classes.txt")
     else:
@@ -584,16 +580,6 @@ def count(args):
     return published(args.data, "train", args.protocol) * crops
 
 
-def find_folder(name, root):
-    """Directory of a user's own images; an absolute name gives way to `root`: it was moved."""
-    path = Path(root if root and os.path.isabs(name) else name)
-    if not path.is_dir():
-        known = [*SETS, *(at.name for at in path.absolute().parent.glob("*/"))]
-        hint = common.did_you_mean(path.name, known)
-        raise ValueError(f"no data set {name!r} and no directory {path}{hint}")
-    return path
-
-
 def load(name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
     """-> Images. ValueError or FileNotFoundError, in one line, if something is wrong or missing.
 
@@ -608,14 +594,14 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
     protocol = protocol or data.protocols[split != "train"]
     if protocol == "square" and split != "train":
         protocol = "native"
-    how = dict(size=size, crops=crops, protocol=protocol, root=root or "")
+    photos, skipped = None, ()
     if name == "scenes":
-        how["photos"], labels = scenes(seed, split, published(name, split), size)
+        photos, labels = scenes(seed, split, published(name, split), size)
         paths = [f"scenes/{split}/{seed}/{size}/{i}" for i in range(len(labels))]
     elif name not in SETS:
-        root = how["root"] = find_folder(name, root)
+        root = Path(root if root and os.path.isabs(name) else name)  # it was moved
         name = root.resolve().name
-        paths, labels, names, how["skipped"] = folder(root, split, seed)
+        paths, labels, names, skipped = folder(root, split, seed)
         data = Set(None, names, colours(len(names)), table_of(range(len(names))))
     elif root is None:
         raise ValueError(f"{name} needs --root DIR, the directory that holds it")
@@ -625,7 +611,7 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
             common.say(f"{name} {split}: {labels.count(None):,} images have no label file")
     if not paths:
         raise FileNotFoundError(f"no image of split {split} in {root} or below")
-    return Images(name, split, data, paths, labels, **how)
+    return Images(name, split, data, paths, labels, photos, size, crops, protocol, root, skipped)
 
 
 # ---------------------------------------------------------------- fetching and preparing
