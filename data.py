@@ -18,8 +18,8 @@ results of ours are left out. In it, all optional:
     train.txt, val.txt   a path per line; without them val is a tenth, drawn by a seed, or all that
                          have a label, where only some have (these stay in train as well)
 
-How an image becomes H x W is its `protocol`: PROTOCOLS below. Numbers of different protocols do not
-compare: the central square of a Cityscapes frame is half of it.
+PROTOCOLS says how an image becomes H x W. Scores of different protocols do not compare: the
+central square of a Cityscapes frame is half of it.
 """
 import math
 import os
@@ -37,11 +37,11 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat, whosmat
 from torch.utils.data import default_collate
 from torchvision.datasets import Cityscapes
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.transforms.functional import center_crop, resize
 from torchvision.utils import save_image
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map  # threads serve: Pillow lets others run
+from tqdm.contrib.concurrent import thread_map  # Pillow frees the GIL
 
 import common
 from common import MEAN, STD
@@ -57,7 +57,7 @@ PROTOCOLS = {  # how images are resampled; labels always NEAREST
 CROPS = {5: (0.5,), 10: (0.5,), 20: (0.5, 0.8), 50: (0.3, 0.4, 0.5, 0.6, 0.7)}  # sides, as a share
 FORMATS = "JPEG PNG BMP GIF TIFF WEBP PPM JPEG2000 AVIF".split()  # not EPS: it starts Ghostscript
 SUFFIXES = set(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
-    .heic .heif .jxl .psd .exr .tga""".split())  # of these last, it is said that they are not read
+    .heic .heif .jxl .psd .exr .tga""".split())  # these last are refused aloud
 MAX_PIXELS = 2 ** 28  # 16,384 x 16,384
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many as a bomb ...
 warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here on
@@ -87,8 +87,7 @@ def read_image(source):
 
 
 def as_rgb(image):
-    """PIL image of any mode, upright or not -> upright RGB. 16 bits are scaled by 1/257, alpha is
-    dropped, of an animation the first frame counts."""
+    """PIL image of any mode -> upright RGB; 16 bits are scaled by 1/257, alpha is dropped."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("float pixels have no fixed white; save it with 8 or 16 bits")
@@ -124,8 +123,8 @@ def fit(image, size, protocol, how):
 
 
 def crop_boxes(h, w, crops):
-    """-> [(top, left, height, width, mirrored)]: per share top left, top right, bottom left, bottom
-    right, centre; unless `crops` is 5, the same five of the mirrored image follow."""
+    """-> [(top, left, height, width, mirrored)]: the four corners and the centre of each share;
+    unless `crops` is 5, the same five of the mirrored image follow."""
     boxes = []
     for share in CROPS[crops]:
         ch, cw = max(1, int(h * share)), max(1, int(w * share))
@@ -141,8 +140,7 @@ def describe(error):
 
 
 def attempt(function, *args):
-    """-> function(*args) and "", or None and why not: one bad file ends no run, and Pillow raises
-    nearly anything for it (OSError, SyntaxError, ValueError, struct.error)."""
+    """-> function(*args), "" or None, why not. Pillow raises nearly anything for a bad file."""
     try:
         return function(*args), ""
     except Exception as error:
@@ -170,19 +168,18 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths) * (self.crops or 1)
 
     def files(self):
-        """-> "path bytes" of every image, by which a run tells whether they are still the same."""
+        """-> "path bytes" of every image: a run tells by them whether the images are the same."""
         sizes = (os.stat(path).st_size if os.path.exists(path) else 0 for path in self.paths)
         return [f"{os.path.relpath(path, self.root)} {n}" for path, n in zip(self.paths, sizes)]
 
-    @lru_cache(maxsize=2)  # the crops of an image, and those of its label, share one decoding
+    @lru_cache(maxsize=2)  # the crops of a photo, and of its label, share one
     def decode(self, i, label, changed):
         if not label:
             return read_image(self.photos[i])
         return Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
 
     def read(self, i, label=False):
-        """-> PIL image of item i, or of its label's classes + 1 (ignore = 0 fits a byte; None: no
-        label), before resizing."""
+        """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
         i, c = divmod(i, self.crops or 1)
         source = (self.labels if label else self.photos)[i]
         if source is None:
@@ -337,8 +334,8 @@ COCO27_NAMES = """electronic appliance food furniture indoor kitchen accessory a
     building ground plant sky solid structural water""".split()
 COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
 COCO3 = table_of([23, 22, 21])[COCO27]
-COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # of the ids 0 to 89
-THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # COCO never labelled the others
+COCO_NAMES = SSD300_VGG16_Weights.COCO_V1.meta["categories"][1:]  # ids 0 to 89
+THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # the others never occur
 THING_NAMES = [COCO_NAMES[i] for i in THINGS]
 LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
 COCO81 = np.where(LABELLED, table_of(THINGS) + 1, -1)  # here all stuff
@@ -352,7 +349,7 @@ STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage c
     snow solid-other stairs stone straw structural-other table tent textile-other towel tree
     vegetable wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood
     water-other waterdrops window-blind window-other wood""".split()
-CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # those before are no part of the scene
+CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # the others are void
 CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
 POTSDAM6_NAMES = "road,building,low vegetation,tree,car,clutter".split(",")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
@@ -562,7 +559,7 @@ def choose(root, pairs, skipped, split, seed):
 
 # ---------------------------------------------------------------- a data set by its name
 def lists_of(data, split, protocol):
-    """The lists that name a split's images; some protocols train on the curated part of COCO."""
+    """Names of a split's lists; some protocols train on the curated part of COCO."""
     lists = data.lists[split != "train"]
     few = split == "train" and protocol in ("picie", "native", "square")
     return CURATED if few and lists == FULL else lists
@@ -575,17 +572,16 @@ def published(name, split="train", protocol=None):
 
 
 def count(args):
-    """A method's options -> published number of items to train on, crops counted; 0: unknown."""
+    """A method's options -> published number of items to train on, crops counted, or 0."""
     crops = getattr(args, "crops", None) or (5 if getattr(args, "five_crop", False) else 1)
     return published(args.data, "train", args.protocol) * crops
 
 
 def load(name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
-    """-> Images. ValueError or FileNotFoundError, in one line, if something is wrong or missing.
+    """-> Images. ValueError or FileNotFoundError, in one line, where that fails.
 
-    name: a data set, or a directory of images (where root is given, it lies there). crops: None, 5,
-    10, 20 or 50 (CAUSE's double and super) per image, cut on the fly. protocol: docstring of this
-    file; None: the data set's own. seed: of the drawn scenes and of a directory's split."""
+    name: a data set, or a directory of images. crops: per image, cut on the fly, a key of
+    CROPS. protocol: None, the set's own. seed: of scenes and of a folder's split."""
     data = SETS.get(name, FOLDER)
     for what, value, known in (("splits", split, data.splits), ("crops", crops, (None, *CROPS)),
                                ("protocols", protocol, (None, *PROTOCOLS))):
@@ -616,9 +612,8 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
 
 # ---------------------------------------------------------------- fetching and preparing
 def extract(archive, folder):
-    """Unpack a zip or tar inside `folder`. ValueError, and nothing is written, where a member is a
-    link or full of holes, points outside or lies below a file, or where all of it outgrows the disk
-    or is 200 times the archive."""
+    """Unpack a zip or tar inside `folder`; ValueError, and nothing is written, for links, sparse
+    members, those outside or below a file, and for more than the disk or 200 archives hold."""
     folder.mkdir(parents=True, exist_ok=True)
     room = min(shutil.disk_usage(folder).free, 200 * os.path.getsize(archive) + 2 ** 20)
     kind = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open
@@ -637,8 +632,8 @@ def extract(archive, folder):
             outside = path.is_absolute() or ".." in path.parts or "\\" in name
             below = path in above or not files.isdisjoint(path.parents)
             if outside or below or not plain or room < 0:
-                raise ValueError(f"{archive}: {name!r} is a link, lies outside or below a file, or "
-                                 "outgrows the disk or 200 archives; nothing was unpacked")
+                raise ValueError(f"{archive}: {name!r} is a link, outside, below a file or too "
+                                 "large; nothing was unpacked")
         content.extraction_filter = tarfile.data_filter
         content.extractall(folder)
 
@@ -660,7 +655,7 @@ def make_coco_lists(root):
 
 def make_potsdam(root):
     """Raw tiles (6000 x 6000) -> imgs/*.png, gt/*.png (200 x 200), IIC's lists, drawn by a seed."""
-    # the 24 tiles that were labelled when IIC made its set (row_column); now all 38 are
+    # the 24 tiles, of 38, that were labelled when IIC made its set (row_column)
     known = {f"{row}_{k}" for row in range(2, 8) for k in range(10 if row < 6 else 7, 13)}
     number, labelled, unlabelled = 0, [], []
     (root / "imgs").mkdir(exist_ok=True)
@@ -718,7 +713,7 @@ def check(name, root, split, everything):
     if wanted != len(images):
         bad.append(f"{len(images):,} images where {wanted:,} were published")
     if everything:
-        images.split, images.size, images.protocol = "", 240, "squash"  # "": labels' errors count
+        images.split, images.size, images.protocol = "", 240, "squash"  # labels' errors count
         errors = thread_map(lambda i: images[i]["error"], range(len(images)), disable=None)
         bad += [f"{path}: {error}" for path, error in zip(images.paths, errors) if error]
         items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
@@ -742,7 +737,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.name is None:
         for name, data in SETS.items():
-            print(f"{name:13} {len(data.names):3} classes, protocol {' and '.join(data.protocols)}")
+            print(f"{name:13} {len(data.names):3} classes, protocols", *data.protocols)
         return 0
     data = SETS.get(args.name, FOLDER)
     if data.layout:
@@ -753,7 +748,7 @@ def main(argv=None):
             return 0
     if args.download:
         if not (data.layout and args.root):
-            raise ValueError("--download needs the name of a published data set, and --root DIR")
+            raise ValueError("--download needs a published data set's name and --root DIR")
         prepare(data.layout, Path(args.root))
     problems = [check(args.name, args.root, split, args.check) for split in ("train", "val")]
     return int(any(problems))
