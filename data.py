@@ -741,7 +741,7 @@ def main(argv=None):
         return 0
     data = SETS.get(args.name, FOLDER)
     if data.layout:
-        where = "\n    ".join(data.layout[:3]).replace("{}", "SPLIT")
+        where = "\n    ".join(["Images, labels, lists:", *data.layout[:3]]).replace("{}", "SPLIT")
         print(f"{args.name}: {', '.join(data.names)}\n\n    {where}{data.layout.note}\n")
         print(*(url for url, _ in data.layout.sources), "", sep="\n")
         if not (args.root or args.download or args.check):
