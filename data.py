@@ -18,11 +18,9 @@ results of ours are left out. In it, all optional:
     train.txt, val.txt   a path per line; without them val is a tenth, drawn by a seed, or all that
                          have a label, where only some have (these stay in train as well)
 
-How an image becomes H x W is its `protocol`: PROTOCOLS below. Numbers of different protocols do not
-compare: the central square of a Cityscapes frame is half of it.
+PROTOCOLS says how an image becomes H x W. Scores of different protocols do not compare: the
+central square of a Cityscapes frame is half of it.
 """
-import difflib
-import io
 import math
 import os
 import shutil
@@ -30,7 +28,6 @@ import tarfile
 import warnings
 import zipfile
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +35,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy.io import loadmat, whosmat
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torch.utils.data import default_collate
+from torchvision.datasets import Cityscapes
+from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.transforms.functional import center_crop, resize
+from torchvision.utils import save_image
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map  # Pillow frees the GIL
 
 import common
 from common import MEAN, STD
@@ -52,13 +53,11 @@ PROTOCOLS = {  # how images are resampled; labels always NEAREST
     "squash": NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
     "whole": BILINEAR,  # shorter side = size, nothing cut, sides rounded to 16, 14 or 8
     "native": BILINEAR,  # not rounded, labels as they are, COCO trains on `_7` (ViCE's scores)
-    # the central square, and `_7`; val is native. ViCE, but that its code trains on unlabeled2017
-    # and on all 5,000 images of Cityscapes as well
-    "square": BICUBIC}
+    "square": BICUBIC}  # the central square, and `_7`; val is native (ViCE)
 CROPS = {5: (0.5,), 10: (0.5,), 20: (0.5, 0.8), 50: (0.3, 0.4, 0.5, 0.6, 0.7)}  # sides, as a share
 FORMATS = "JPEG PNG BMP GIF TIFF WEBP PPM JPEG2000 AVIF".split()  # not EPS: it starts Ghostscript
 SUFFIXES = set(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
-    .heic .heif .jxl .psd .exr .tga""".split())  # of these last, it is said that they are not read
+    .heic .heif .jxl .psd .exr .tga""".split())  # these last are refused aloud
 MAX_PIXELS = 2 ** 28  # 16,384 x 16,384
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many as a bomb ...
 warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here on
@@ -67,21 +66,17 @@ warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here 
 # ---------------------------------------------------------------- one image
 def open_image(source):
     """The one way to open an image: a file, or pixels that were drawn -> PIL image, of at most
-    MAX_PIXELS, not yet decoded."""
+    MAX_PIXELS, not yet decoded; .mat files are uint8 (H,W,4), or class ids (H,W)."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     if os.path.exists(source) and not os.path.isfile(source):  # a pipe would block
         raise ValueError("no plain file")
-    mat = str(source).endswith(".mat")
-    return open_mat(source) if mat else Image.open(source, formats=FORMATS)
-
-
-def open_mat(path):
-    """IIC's Potsdam: uint8 (H,W,4), the last infrared, or class ids (H,W) -> PIL image."""
-    name, shape, _ = whosmat(path)[0]
+    if not str(source).endswith(".mat"):
+        return Image.open(source, formats=FORMATS)
+    name, shape, _ = whosmat(source)[0]  # IIC's Potsdam: the fourth channel is infrared
     if math.prod(shape) > MAX_PIXELS:  # known before it is unfolded
-        raise ValueError(f"{path} declares {shape} numbers; at most {MAX_PIXELS:,} are read")
-    pixels = loadmat(path, variable_names=[name])[name]
+        raise ValueError(f"{source} declares {shape} numbers; at most {MAX_PIXELS:,} are read")
+    pixels = loadmat(source, variable_names=[name])[name]
     return Image.fromarray(pixels[:, :, :3] if pixels.ndim == 3 else pixels.astype(np.int32))
 
 
@@ -92,8 +87,7 @@ def read_image(source):
 
 
 def as_rgb(image):
-    """PIL image of any mode, upright or not -> upright RGB. 16 bits are scaled by 1/257, alpha is
-    dropped, of an animation the first frame counts."""
+    """PIL image of any mode -> upright RGB; 16 bits are scaled by 1/257, alpha is dropped."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("float pixels have no fixed white; save it with 8 or 16 bits")
@@ -125,15 +119,12 @@ def fit(image, size, protocol, how):
         return image.resize([max(to, round(side * scale / to) * to) for side in (w, h)], how)
     x, y = max(0, w // 2 - 8 * h), max(0, h // 2 - 8 * w)  # as above; its ends would be cut off
     image = image.crop((x, y, w - x, h - y))
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    x, y = round((w - size) / 2), round((h - size) / 2)
-    return image.resize((w, h), how).crop((x, y, x + size, y + size))
+    return center_crop(resize(image, size, how), size)
 
 
 def crop_boxes(h, w, crops):
-    """-> [(top, left, height, width, mirrored)]: per share top left, top right, bottom left, bottom
-    right, centre; unless `crops` is 5, the same five of the mirrored image follow."""
+    """-> [(top, left, height, width, mirrored)]: the four corners and the centre of each share;
+    unless `crops` is 5, the same five of the mirrored image follow."""
     boxes = []
     for share in CROPS[crops]:
         ch, cw = max(1, int(h * share)), max(1, int(w * share))
@@ -145,13 +136,11 @@ def crop_boxes(h, w, crops):
 
 
 def describe(error):
-    text = str(error).splitlines()[0] if str(error) else "no reason given"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def attempt(function, *args):
-    """-> function(*args) and "", or None and why not: one bad file ends no run, and Pillow raises
-    nearly anything for it (OSError, SyntaxError, ValueError, struct.error)."""
+    """-> function(*args), "" or None, why not. Pillow raises nearly anything for a bad file."""
     try:
         return function(*args), ""
     except Exception as error:
@@ -167,9 +156,9 @@ class Images(torch.utils.data.Dataset):
     read_images = True  # False: empty images, for cached features
     unreadable = ()  # items that then count as such
 
-    def __init__(self, name, split, data, paths, labels, photos=None, size=224, crops=None,
-                 protocol="picie", root="", skipped=()):
-        self.name, self.split, self.root, self.skipped = name, split, str(root), skipped
+    def __init__(self, name, split, data, paths, labels, photos, size, crops, protocol, root,
+                 skipped):
+        self.name, self.split, self.root, self.skipped = name, split, str(root or ""), skipped
         self.names, self.palette, self.table = list(data.names), data.palette, data.table
         self.paths, self.labels, self.classes = paths, labels, len(self.names)
         self.photos = paths if photos is None else photos  # paths or pixels, as are the labels
@@ -179,20 +168,24 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths) * (self.crops or 1)
 
     def files(self):
-        """-> "path bytes" of every image, by which a run tells whether they are still the same."""
+        """-> "path bytes" of every image: a run tells by them whether the images are the same."""
         sizes = (os.stat(path).st_size if os.path.exists(path) else 0 for path in self.paths)
         return [f"{os.path.relpath(path, self.root)} {n}" for path, n in zip(self.paths, sizes)]
 
+    @lru_cache(maxsize=2)  # the crops of a photo, and of its label, share one
+    def decode(self, i, label, changed):
+        if not label:
+            return read_image(self.photos[i])
+        return Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
+
     def read(self, i, label=False):
-        """-> PIL image of item i, or of its label's classes + 1 (ignore = 0 fits a byte; None: no
-        label), before resizing."""
+        """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
         i, c = divmod(i, self.crops or 1)
-        if label and self.labels[i] is None:
+        source = (self.labels if label else self.photos)[i]
+        if source is None:
             return None
-        if label:
-            image = Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
-        else:
-            image = read_image(self.photos[i])
+        changed = os.path.getmtime(source) if isinstance(source, str) else 0
+        image = self.decode(i, label, changed)
         if self.crops:
             top, left, h, w, mirrored = crop_boxes(image.height, image.width, self.crops)[c]
             image = image.crop((left, top, left + w, top + h))
@@ -299,8 +292,7 @@ def draw_scene(rng, s):
         image[trunk] = base[5] * f(0.7) + f(20)
         image[crown] = (base[5] * u(0.8, 1.2) + leaves[..., None])[crown]
     haze = u(0, 0.4) * (1 - abs(y - horizon) * f(2.5)).clip(0, 1)[..., None]
-    image = image * (1 - haze) + f(190) * haze
-    image = image * u(0.65, 1.35, 3)  # light and colour cast
+    image = (image * (1 - haze) + f(190) * haze) * u(0.65, 1.35, 3)  # light and colour cast
     if u() < 0.6:  # blur, 3 x 3
         pad = np.pad(image, ((1, 1), (1, 1), (0, 0)), "edge")
         rows = pad[:-2] + pad[1:-1] + pad[2:]
@@ -310,22 +302,13 @@ def draw_scene(rng, s):
 
 
 # ---------------------------------------------------------------- label maps and class names
-def numbered(ids):
-    """Each id a class of its own -> (256,) class of each id, -1 = ignore."""
-    return grouped(" ".join(map(str, ids)))
-
-
-def grouped(text):
-    """ "0,4 1-3": the ids of class 0, of class 1, ... -> (256,) class of each id, -1 = ignore."""
-    classes = np.full(256, -1)
-    for k, ranges in enumerate(text.split()):
-        for low, _, high in (part.partition("-") for part in ranges.split(",")):
-            classes[int(low):int(high or low) + 1] = k
-    return classes
-
-
-def words(text):
-    return [" ".join(word.split()) for word in text.split(",")]
+def table_of(classes):
+    """The ids of each class, as 7 or "0,4-6" -> (256,) class of each id, -1 = ignore."""
+    table = np.full(256, -1)
+    for k, ids in enumerate(classes):
+        for low, _, high in (part.partition("-") for part in str(ids).split(",")):
+            table[int(low):int(high or low) + 1] = k
+    return table
 
 
 def rgb(text):
@@ -341,57 +324,40 @@ def colours(n, first=1):
 
 
 # COCO-Stuff's 182 ids -> IIC's 27 coarse classes
-COCO27 = grouped("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
+COCO27 = table_of("""71-76 77-82 51-60 61-70 83-90 43-50 25-32 15-24 9-14 0 33-42 1-8 101,102
     100,113-117 120,121,152,169 97,106,107,109,111,122,129,132,155,160,164 99,131,138,142
     91,92,103,104,108,130,136,140,151,166,167 170-176 179,180 94,95,127,150,157,165
     110,124,125,135,139,143,144,146,148,153,158 93,96,118,123,128,133,141,162,168 105,156
-    126,134,149,159,161,181 98,112,137,145,163 119,147,154,177,178""")
-COCO27_NAMES = words("""electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,
-    person,sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,raw-material,textile,wall,window,
-    building,ground,plant,sky,solid,structural,water""")
-COCO15 = numbered(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
-COCO3 = numbered([23, 22, 21])[COCO27]
-ABSENT = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}  # ids of things that COCO never labelled
-THINGS, STUFF = [i for i in range(91) if i not in ABSENT], range(91, 182)
+    126,134,149,159,161,181 98,112,137,145,163 119,147,154,177,178""".split())
+COCO27_NAMES = """electronic appliance food furniture indoor kitchen accessory animal outdoor person
+    sports vehicle ceiling floor food-stuff furniture-stuff raw-material textile wall window
+    building ground plant sky solid structural water""".split()
+COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
+COCO3 = table_of([23, 22, 21])[COCO27]
+COCO_NAMES = SSD300_VGG16_Weights.COCO_V1.meta["categories"][1:]  # ids 0 to 89
+THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # the others never occur
+THING_NAMES = [COCO_NAMES[i] for i in THINGS]
 LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
-COCO81 = np.where(LABELLED, numbered(THINGS) + 1, -1)  # here all stuff
-COCO171 = np.where(LABELLED, numbered([*THINGS, *STUFF]).clip(0), -1)
-THING_NAMES = words("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,
-    fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,
-    giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,
-    baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,
-    spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
-    potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,
-    toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""")
-STUFF_NAMES = words("""banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,
-    carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,
-    door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,
-    food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,
-    mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,
-    playingfield,railing,railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,
-    skyscraper,snow,solid-other,stairs,stone,straw,structural-other,table,tent,textile-other,towel,
-    tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,wall-tile,wall-wood,
-    water-other,waterdrops,window-blind,window-other,wood""")
-
-CITY27_NAMES = words("""road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,
-    tunnel,pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,
-    bus,caravan,trailer,train,motorcycle,bicycle""")
-CITY27_COLOURS = rgb("""804080 f423e8 faaaa0 e6968c 464646 66669c be9999 b4a5b4 966464 96785a 999999
-    999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64 00005a 00006e
-    005064 0000e6 770b20""")
-CITY27 = numbered(range(7, 34))  # label id - 7
-CITY19 = grouped("7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33")
-CITY19_OF_27 = CITY27[CITY19 >= 0]  # the 19 in terms of the 27
-
-POTSDAM6_NAMES = words("road,building,low vegetation,tree,car,clutter")
+COCO81 = np.where(LABELLED, table_of(THINGS) + 1, -1)  # here all stuff
+COCO171 = np.where(LABELLED, table_of([*THINGS, *range(91, 182)]).clip(0), -1)
+STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet
+    ceiling-other ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt
+    door-stuff fence floor-marble floor-other floor-stone floor-tile floor-wood flower fog
+    food-other fruit furniture-other grass gravel ground-other hill house leaves light mat metal
+    mirror-stuff moss mountain mud napkin net paper pavement pillow plant-other plastic platform
+    playingfield railing railroad river road rock roof rug salad sand sea shelf sky-other skyscraper
+    snow solid-other stairs stone straw structural-other table tent textile-other towel tree
+    vegetable wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood
+    water-other waterdrops window-blind window-other wood""".split()
+CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # the others are void
+CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
+POTSDAM6_NAMES = "road,building,low vegetation,tree,car,clutter".split(",")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
-VOC_NAMES = words("""background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,
-    dining table,dog,horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor""")
-CAMVID_NAMES = words("sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist")
+VOC_NAMES = ("background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,"
+             "horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor").split(",")
+CAMVID_NAMES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
 CAMVID_COLOURS = rgb("""808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000
     0080c0""")
-SCENE_NAMES = words("sky,grass,water,road,building,tree")
-SCENE_COLOURS = rgb("4682b4 98fb98 0050c8 804080 800000 6b8e23")
 
 
 # ---------------------------------------------------------------- published data sets
@@ -418,8 +384,7 @@ CITYSCAPES = Layout("leftImg8bit/{}", "gtFine/{}", note="""
     leftImg8bit_trainvaltest.zip (11 GB) in DIR.""", endings=("_leftImg8bit", "_gtFine_labelIds"))
 POTSDAM = Layout("imgs", "gt", "{list}.txt", sources=((f"{OXFORD}/Potsdam.tar.gz", ""),), note="""
     --download fetches IIC's 200 x 200, or cuts ISPRS's own tiles *_RGBIR.tif and *_label.tif where
-    they lie in DIR (www.isprs.org/education/benchmarks/UrbanSemLab) and draws lists by a seed. IIC
-    drew them without one: only its archive gives the papers' split.""")
+    they lie in DIR and draws lists by a seed: only IIC's are the papers'.""")
 VOC = Layout("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", sources=(
     ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", ""),))
 CAMVID = Layout("{}", "{}annot", sources=(
@@ -442,27 +407,29 @@ CURATED = FULL + "_7"
 COUNTS = {FULL: (97_702, 4_172), CURATED: (49_629, 2_175), FEW: (35_228, 1_432)}
 WHOLE = "picie", "whole"
 SETS = {
-    "scenes": Set(None, SCENE_NAMES, SCENE_COLOURS, numbered(range(6)), (200, 60),
+    "scenes": Set(None, "sky grass water road building tree".split(),
+                  rgb("4682b4 98fb98 0050c8 804080 800000 6b8e23"), table_of(range(6)), (200, 60),
                   ("picie", "picie")),
     "coco27": Set(COCO, COCO27_NAMES, colours(27), COCO27, lists=(FULL, CURATED)),
     "coco15": Set(COCO, COCO27_NAMES[12:], colours(15, 13), COCO15, lists=(CURATED, CURATED)),
-    "coco3": Set(COCO, words("sky,plant,ground"), colours(27)[[23, 22, 21]], COCO3,
+    "coco3": Set(COCO, ["sky", "plant", "ground"], colours(27)[[23, 22, 21]], COCO3,
                  lists=(FEW, FEW)),
     "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
     "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
-    "cityscapes27": Set(CITYSCAPES, CITY27_NAMES, CITY27_COLOURS, CITY27, (2_975, 500)),
-    "cityscapes19": Set(CITYSCAPES, [CITY27_NAMES[k] for k in CITY19_OF_27],
-                        CITY27_COLOURS[CITY19_OF_27], CITY19, (2_975, 500), WHOLE),
-    "potsdam3": Set(POTSDAM, words("road and car,building and clutter,plants"),
-                    POTSDAM6_COLOURS[[0, 1, 3]], grouped("0,4 1,5 2,3"), (4_545, 855),
+    "cityscapes27": Set(CITYSCAPES, [c.name for c in CITY27], np.uint8([c.color for c in CITY27]),
+                        table_of(c.id for c in CITY27), (2_975, 500)),
+    "cityscapes19": Set(CITYSCAPES, [c.name for c in CITY19], np.uint8([c.color for c in CITY19]),
+                        table_of(c.id for c in CITY19), (2_975, 500), WHOLE),
+    "potsdam3": Set(POTSDAM, ["road and car", "building and clutter", "plants"],
+                    POTSDAM6_COLOURS[[0, 1, 3]], table_of(["0,4", "1,5", "2,3"]), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
     # as IIC and SAN have it: trained on every image, scored on every labelled one
-    "potsdam6": Set(POTSDAM, POTSDAM6_NAMES, POTSDAM6_COLOURS, numbered(range(6)), (8_550, 5_400),
+    "potsdam6": Set(POTSDAM, POTSDAM6_NAMES, POTSDAM6_COLOURS, table_of(range(6)), (8_550, 5_400),
                     lists=("unlabelled_train labelled_train labelled_test",
                            "labelled_train labelled_test")),
-    "voc21": Set(VOC, VOC_NAMES, colours(21, 0), numbered(range(21)), (1_464, 1_449),
+    "voc21": Set(VOC, VOC_NAMES, colours(21, 0), table_of(range(21)), (1_464, 1_449),
                  ("squash", "squash"), ("listed", "listed")),
-    "camvid": Set(CAMVID, CAMVID_NAMES, CAMVID_COLOURS, numbered(range(11)), (367, 101), WHOLE,
+    "camvid": Set(CAMVID, CAMVID_NAMES, CAMVID_COLOURS, table_of(range(11)), (367, 101), WHOLE,
                   splits=("train", "val", "test")),
 }
 FOLDER = Set(None, [], None, None, protocols=WHOLE, splits=("train", "val", "all"))
@@ -480,8 +447,7 @@ def list_images(folder):
                                     onerror=lambda error: found.append(error.filename)):
         real = os.path.realpath(at)
         if real in seen or RESULTS & {*files}:  # a link may lead back up
-            below.clear()
-            continue
+            below[:] = files[:] = []
         seen.add(real)
         below[:] = [n for n in below if not n.startswith((".", "__MACOSX")) and n != "runs"]
         found += [os.path.join(at, n) for n in files
@@ -536,6 +502,10 @@ def find(layout, root, split, lists):
 
 def folder(root, split, seed):
     """A user's own images -> paths, label paths, names of the classes, skipped [(path, why)]."""
+    if not root.is_dir():
+        known = [*SETS, *(at.name for at in root.absolute().parent.glob("*/"))]
+        hint = common.did_you_mean(root.name, known)
+        raise ValueError(f"no data set {root.name!r} and no directory {root}{hint}")
     if any((root / name).exists() for name in RESULTS):
         raise ValueError(f"{root} holds results of ours; images need a folder of their own")
     labels = by_stem(root / "labels" if (root / "labels").is_dir() else root.parent / "labels")
@@ -550,25 +520,21 @@ def folder(root, split, seed):
         else:
             pairs[path] = labels.get(stem) or labels.get(stem.partition(os.sep)[2])
     if skipped and split != "val":  # train and val skip the same files
-        kinds = sorted({os.path.splitext(path)[1] for path in skipped})
-        common.say(f"skipped as unreadable: {len(skipped)} (among {' '.join(kinds)}), first "
-                   + ": ".join(min(skipped.items())))
-    names = root / "classes.txt"
-    names = read_lines(names) if names.is_file() else [""] * count_classes(pairs.values())
+        kinds = " ".join(sorted({os.path.splitext(path)[1] for path in skipped}))
+        common.say(f"skipped as unreadable: {len(skipped)} (among {kinds}), first {min(skipped)}")
+    if (root / "classes.txt").is_file():
+        names = read_lines(root / "classes.txt")
+    else:
+        count = 0
+        for path in filter(None, pairs.values()):
+            ids, why = attempt(read_ids, path)
+            if why:
+                raise ValueError(f"label {path} cannot be read: {why}")
+            count = max(count, int((ids + 1).max()))  # bytes: 255 + 1 is 0
+        names = [""] * count
     names = [name or f"class {k}" for k, name in enumerate(names)]
-    chosen = choose(root, pairs, skipped, split, seed) if pairs else []
+    chosen = choose(root, pairs, skipped, split, seed)
     return chosen, [pairs[path] for path in chosen], names, list(skipped.items())
-
-
-def count_classes(labels):
-    """-> 1 + the largest id in the label files."""
-    count = 0
-    for path in filter(None, labels):
-        ids, why = attempt(read_ids, path)
-        if why:
-            raise ValueError(f"label {path} cannot be read: {why}")
-        count = max(count, int((ids + 1).max()))  # bytes: 255 + 1 is 0
-    return count
 
 
 def choose(root, pairs, skipped, split, seed):
@@ -593,7 +559,7 @@ def choose(root, pairs, skipped, split, seed):
 
 # ---------------------------------------------------------------- a data set by its name
 def lists_of(data, split, protocol):
-    """The lists that name a split's images; some protocols train on the curated part of COCO."""
+    """Names of a split's lists; some protocols train on the curated part of COCO."""
     lists = data.lists[split != "train"]
     few = split == "train" and protocol in ("picie", "native", "square")
     return CURATED if few and lists == FULL else lists
@@ -601,35 +567,21 @@ def lists_of(data, split, protocol):
 
 def published(name, split="train", protocol=None):
     """Published number of images of a split, 0 where unknown."""
-    if name not in SETS or split not in ("train", "val"):
-        return 0
-    lists = lists_of(SETS[name], split, protocol)
-    return COUNTS.get(lists, SETS[name].counts)[split == "val"]
+    data = SETS.get(name, FOLDER)
+    return COUNTS.get(lists_of(data, split, protocol), data.counts)[split != "train"]
 
 
 def count(args):
-    """A method's options -> published number of items to train on, crops counted; 0: unknown."""
+    """A method's options -> published number of items to train on, crops counted, or 0."""
     crops = getattr(args, "crops", None) or (5 if getattr(args, "five_crop", False) else 1)
     return published(args.data, "train", args.protocol) * crops
 
 
-def find_folder(name, root):
-    """Directory of a user's own images; an absolute name gives way to `root`: it was moved."""
-    path = Path(root if root and os.path.isabs(name) else name)
-    if path.is_dir():
-        return path
-    beside = [p.name for p in path.absolute().parent.glob("*/")]
-    near = difflib.get_close_matches(path.name, [*beside, *SETS], 1) or SETS
-    hint = common.did_you_mean(path.name, near)
-    raise ValueError(f"no data set {name!r} and no directory {path}{hint}")
-
-
 def load(name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
-    """-> Images. ValueError or FileNotFoundError, in one line, if something is wrong or missing.
+    """-> Images. ValueError or FileNotFoundError, in one line, where that fails.
 
-    name: a data set, or a directory of images (where root is given, it lies there). crops: None, 5,
-    10, 20 or 50 (CAUSE's double and super) per image, cut on the fly. protocol: docstring of this
-    file; None: the data set's own. seed: of the drawn scenes and of a directory's split."""
+    name: a data set, or a directory of images. crops: per image, cut on the fly, a key of
+    CROPS. protocol: None, the set's own. seed: of scenes and of a folder's split."""
     data = SETS.get(name, FOLDER)
     for what, value, known in (("splits", split, data.splits), ("crops", crops, (None, *CROPS)),
                                ("protocols", protocol, (None, *PROTOCOLS))):
@@ -638,35 +590,33 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
     protocol = protocol or data.protocols[split != "train"]
     if protocol == "square" and split != "train":
         protocol = "native"
-    how = dict(size=size, crops=crops, protocol=protocol, root=root or "")
+    photos, skipped = None, ()
     if name == "scenes":
-        how["photos"], labels = scenes(seed, split, published(name, split), size)
+        photos, labels = scenes(seed, split, published(name, split), size)
         paths = [f"scenes/{split}/{seed}/{size}/{i}" for i in range(len(labels))]
     elif name not in SETS:
-        root = how["root"] = find_folder(name, root)
+        root = Path(root if root and os.path.isabs(name) else name)  # it was moved
         name = root.resolve().name
-        paths, labels, names, how["skipped"] = folder(root, split, seed)
-        data = Set(None, names, colours(len(names)), numbered(range(len(names))))
+        paths, labels, names, skipped = folder(root, split, seed)
+        data = Set(None, names, colours(len(names)), table_of(range(len(names))))
     elif root is None:
         raise ValueError(f"{name} needs --root DIR, the directory that holds it")
     else:
         paths, labels = find(data.layout, Path(root), split, lists_of(data, split, protocol))
         if split != "train" and None in labels:
-            common.say(f"{name}: {labels.count(None):,} of {len(labels):,} images of split {split} "
-                       "have no label file")
+            common.say(f"{name} {split}: {labels.count(None):,} images have no label file")
     if not paths:
         raise FileNotFoundError(f"no image of split {split} in {root} or below")
-    return Images(name, split, data, paths, labels, **how)
+    return Images(name, split, data, paths, labels, photos, size, crops, protocol, root, skipped)
 
 
 # ---------------------------------------------------------------- fetching and preparing
 def extract(archive, folder):
-    """Unpack a zip or tar inside `folder`. ValueError, and nothing is written, where a member is a
-    link or full of holes, points outside or lies below a file, or where all of it outgrows the disk
-    or is 200 times the archive."""
+    """Unpack a zip or tar inside `folder`; ValueError, and nothing is written, for links, sparse
+    members, those outside or below a file, and for more than the disk or 200 archives hold."""
     folder.mkdir(parents=True, exist_ok=True)
     room = min(shutil.disk_usage(folder).free, 200 * os.path.getsize(archive) + 2 ** 20)
-    kind, files = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open, set()
+    kind = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open
     with kind(archive) as content:
         if isinstance(content, tarfile.TarFile):
             members = ((m.name, m.size, m.isfile() and not m.issparse())
@@ -674,56 +624,48 @@ def extract(archive, folder):
         else:
             members = ((m.filename, m.file_size, m.external_attr >> 28 != 0o12)  # 0o12: a link
                        for m in content.infolist() if not m.is_dir())
+        files, above = set(), set()
         for name, size, plain in members:
             path, room = Path(os.path.normpath(name)), room - size
             files.add(path)
+            above.update(path.parents)
             outside = path.is_absolute() or ".." in path.parts or "\\" in name
-            if outside or not plain or room < 0:
-                raise ValueError(f"{archive}: {name!r} is a link, points outside or is larger than "
-                                 "the free disk or 200 archives; nothing was unpacked")
-        for path in files:
-            if not files.isdisjoint(path.parents):
-                raise ValueError(f"{archive}: {path} lies below a file; nothing was unpacked")
+            below = path in above or not files.isdisjoint(path.parents)
+            if outside or below or not plain or room < 0:
+                raise ValueError(f"{archive}: {name!r} is a link, outside, below a file or too "
+                                 "large; nothing was unpacked")
         content.extraction_filter = tarfile.data_filter
         content.extractall(folder)
-
-
-def on_all_cores(function, jobs, title):
-    """Threads serve: Pillow decodes beside the others."""
-    with ThreadPool() as pool:
-        return list(tqdm(pool.imap(function, jobs), title, len(jobs), disable=None))
 
 
 def make_coco_lists(root):
     """annotations/ -> the lists `_7` that are absent, by IIC's rule."""
     def fits(path):  # at least 360 x 360 pixels, 75 % of them of the 15 classes
-        ids, why = attempt(read_ids, str(path))
+        ids, why = attempt(read_ids, path)
         return not why and min(ids.shape) >= 360 and (COCO15[ids] >= 0).mean() >= 0.75
 
     base = base_of(root, "annotations")
     for part in ("train2017", "val2017"):
-        labels = sorted((base / "annotations" / part).glob("*.png"))
         path = base / f"curated/{part}/{CURATED}.txt"
         if not path.is_file():
-            taken = zip(labels, on_all_cores(fits, labels, f"list of {part}"))
-            common.write(path, "".join(f"{at.stem}\n" for at, take in taken if take).encode())
-
-
-# the 24 tiles that were labelled when IIC made its set (row_column); later releases label all 38
-POTSDAM_LABELLED = {f"{row}_{k}" for row in range(2, 8) for k in range(10 if row < 6 else 7, 13)}
+            labels = sorted((base / "annotations" / part).glob("*.png"))
+            taken = zip(labels, thread_map(fits, labels, desc=f"list of {part}"))
+            common.write(path, "\n".join(at.stem for at, take in taken if take).encode())
 
 
 def make_potsdam(root):
     """Raw tiles (6000 x 6000) -> imgs/*.png, gt/*.png (200 x 200), IIC's lists, drawn by a seed."""
-    number, ids = 0, {"imgs": [], "gt": []}  # of those without a label, with one
-    for name in ids:
-        (root / name).mkdir(exist_ok=True)
+    # the 24 tiles, of 38, that were labelled when IIC made its set (row_column)
+    known = {f"{row}_{k}" for row in range(2, 8) for k in range(10 if row < 6 else 7, 13)}
+    number, labelled, unlabelled = 0, [], []
+    (root / "imgs").mkdir(exist_ok=True)
+    (root / "gt").mkdir(exist_ok=True)
     for path in tqdm(sorted(root.rglob("*_RGBIR.tif")), "tiles"):
         place = "_".join(path.stem.split("_")[2:4])  # top_potsdam_2_10_RGBIR -> 2_10
         label = next(root.rglob(f"*_{place}_label.tif"), None)
         with open_image(path) as image:  # infrared is no alpha; bilinear at one half is a mean
             parts = {"imgs": Image.merge("RGB", image.split()[:3]).reduce(2)}
-        if label and place in POTSDAM_LABELLED:  # off-palette pixels occur: the nearest colour
+        if label and place in known:  # off-palette pixels occur: the nearest colour
             pixels = np.asarray(read_image(str(label)))[::2, ::2].astype(int)
             far = [((pixels - colour) ** 2).sum(-1) for colour in POTSDAM6_COLOURS.astype(int)]
             parts["gt"] = Image.fromarray(np.argmin(far, 0).astype(np.uint8))
@@ -731,13 +673,13 @@ def make_potsdam(root):
             for name, whole in parts.items():
                 cut = whole.crop((200 * x, 200 * y, 200 * x + 200, 200 * y + 200))
                 cut.save(root / name / f"{number}.png")
-            ids[name].append(number)
+            (labelled if "gt" in parts else unlabelled).append(number)
             number += 1
-    drawn, test = np.random.default_rng(0).permutation(ids["gt"]), number // 10  # a tenth of all
-    lists = {"unlabelled_train": ids["imgs"], "labelled_train": drawn[test:],
+    drawn, test = np.random.default_rng(0).permutation(labelled), number // 10  # a tenth of all
+    lists = {"unlabelled_train": unlabelled, "labelled_train": drawn[test:],
              "labelled_test": drawn[:test]}
     for name, chosen in lists.items():  # last: a killed preparation shows
-        common.write(root / f"{name}.txt", "".join(f"{i}\n" for i in sorted(chosen)).encode())
+        common.write(root / f"{name}.txt", "\n".join(map(str, sorted(chosen))).encode())
 
 
 def prepare(layout, root):
@@ -765,41 +707,25 @@ def check(name, root, split, everything):
     except FileNotFoundError as error:
         print(f"{split}: missing: {error}")
         return 1
-    wanted = published(name, split, images.protocol)
-    print(f"{split}: {len(images):,} images" + f" (published: {wanted:,})" * (wanted > 0))
+    print(f"{split}: {len(images):,} images")
     bad = [": ".join(pair) for pair in images.skipped]
-    if wanted not in (0, len(images)):
+    wanted = published(name, split, images.protocol) or len(images)
+    if wanted != len(images):
         bad.append(f"{len(images):,} images where {wanted:,} were published")
     if everything:
-        def look(i):
-            item = images[i]
-            ids = item["label"].flatten() + 1
-            return item["error"], ids.bincount(minlength=images.classes + 1)
-
-        images.split, images.protocol = "", "native"  # labels as they are; their errors count
-        errors, pixels = zip(*on_all_cores(look, range(len(images)), split))
+        images.split, images.size, images.protocol = "", 240, "squash"  # labels' errors count
+        errors = thread_map(lambda i: images[i]["error"], range(len(images)), disable=None)
         bad += [f"{path}: {error}" for path, error in zip(images.paths, errors) if error]
-        shares, palette = sum(pixels) / sum(pixels).sum(), [b"\0\0\0", *images.palette]
-        for share, colour, title in zip(shares, palette, ["no class", *images.names]):
-            print(f"  {share:6.1%}  #{bytes(colour).hex()}  {title}")
-        picture, path = io.BytesIO(), Path(f"runs/preview-{images.name}-{split}.png")
-        preview(images).save(picture, "PNG")
-        common.write(path, picture.getvalue())
+        items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
+        palette = torch.from_numpy(np.insert(images.palette, 0, 0, axis=0))  # no class: black
+        labels = palette[items["label"] + 1].movedim(3, 1) / 255
+        pairs = torch.stack([items["image"] * STD + MEAN, labels], 1)
+        path = Path(f"runs/preview-{images.name}-{split}.png")
+        path.parent.mkdir(exist_ok=True)
+        save_image(pairs.flatten(0, 1), path, nrow=6)
         print(f"  {path}")
-    print(f"  {len(bad)} problems" + ", the first 20 of them:" * (len(bad) > 20))
-    for text in bad[:20]:
-        print("  *", text.replace("\n", "\\n"))
+    print(f"  {len(bad)} problems, of which at most 20 are shown", *bad[:20], sep="\n  * ")
     return len(bad)
-
-
-def preview(images):
-    """Nine images spread over the split, each beside its label."""
-    images.size, images.protocol = 240, "squash"
-    items = [images[int(i)] for i in np.linspace(0, len(images) - 1, 9)]
-    photos = torch.stack([item["image"] for item in items]) * STD + MEAN
-    palette = torch.from_numpy(np.vstack([images.palette, [[0, 0, 0]]]))  # -1, the last, is black
-    labels = palette[torch.stack([item["label"] for item in items])].permute(0, 3, 1, 2) / 255
-    return to_pil_image(make_grid(torch.stack([photos, labels], 1).flatten(0, 1).clamp(0, 1), 6))
 
 
 def main(argv=None):
@@ -811,20 +737,19 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.name is None:
         for name, data in SETS.items():
-            print(f"{name:13} {len(data.names):3} classes, protocol {' and '.join(data.protocols)}")
+            print(f"{name:13} {len(data.names):3} classes, protocols", *data.protocols)
         return 0
-    layout = SETS[args.name].layout if args.name in SETS else None
-    if layout:
-        print(f"{args.name}: {', '.join(SETS[args.name].names)}\n")
-        for what, where in zip(("images", "labels", "lists"), filter(None, layout[:3])):
-            print(f"    {what}: {where.format('SPLIT', list='LIST')}")
-        print(layout.note, "", *(url for url, _ in layout.sources), "", sep="\n")
+    data = SETS.get(args.name, FOLDER)
+    if data.layout:
+        where = "\n    ".join(["Images, labels, lists:", *data.layout[:3]]).replace("{}", "SPLIT")
+        print(f"{args.name}: {', '.join(data.names)}\n\n    {where}{data.layout.note}\n")
+        print(*(url for url, _ in data.layout.sources), "", sep="\n")
         if not (args.root or args.download or args.check):
             return 0
     if args.download:
-        if not (layout and args.root):
-            raise ValueError("--download needs the name of a published data set, and --root DIR")
-        prepare(layout, Path(args.root))
+        if not (data.layout and args.root):
+            raise ValueError("--download needs a published data set's name and --root DIR")
+        prepare(data.layout, Path(args.root))
     problems = [check(args.name, args.root, split, args.check) for split in ("train", "val")]
     return int(any(problems))
 
