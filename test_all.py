@@ -521,7 +521,7 @@ def test_backbones_frozen():
     refuses(ValueError, "multiple of 16", vit, torch.zeros(1, 3, 40, 32))
     for arguments, text in ((("vits9",), "did you mean 'vits8'"), (("vits16", "none", 13), "12 blocks"),
                             (("dct8", None, 2), "no blocks"), (("dct8", "a.pth"), "no weights"),
-                            (("vits16", "none", None, 7), "7 heads"), (("dinov3_vits16",), "--weights"),
+                            (("dinov3_vits16",), "--weights"),
                             (("selfpatch_vits16",), "drive.google.com")):
         refuses(ValueError, text, common.load_backbone, *arguments)
 
@@ -1057,7 +1057,7 @@ def test_crf_command_line():
         os.symlink("kept", "out.png")
         assert run("photo.png --out out.png") == (0, "") and Path("kept").read_text() == "as it was"
         out = Image.open("out.png")
-        assert out.width > 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
+        assert out.width == 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
         put(Path("eps.jpg"), "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
         put(Path("bomb.png"), "P6 60000 60000 255\n")
         Image.fromarray(np.ones((9, 9), np.float32)).save("float.tif")
