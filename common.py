@@ -130,24 +130,23 @@ def parse(arguments, presets, argv=None):
         p.set_defaults(**saved)
         args = p.parse_args(argv)
         other = [k for k in saved if vars(args)[k] != saved[k] and k not in ("root", "weights")]
-        if other or args.bench:
-            raise ValueError(f"--resume continues {args.resume} with its own options; drop "
-                             + ", ".join(map(flag, other or ["bench"])))
+        if other := other + ["bench"] * bool(args.bench):
+            raise ValueError(f"--resume has its own options; drop {', '.join(map(flag, other))}")
         return args
     folder = args.data not in DATA and os.path.isdir(args.data)
     known = ["folder" if folder else args.data] + ["smoke"] * args.smoke
     for key, preset in presets.items():
-        data, *words = key.split()
-        words = [word if "=" in word else f"arch={word}" for word in words]
-        if data in known and all(fnmatch.fnmatch(str(vars(args)[option]), pattern)
-                                 for option, pattern in (word.split("=") for word in words)):
+        data, *rules = key.split()
+        rules = [(rule if "=" in rule else f"arch={rule}").split("=") for rule in rules]
+        if data in known and all(fnmatch.fnmatch(str(vars(args)[k]), x) for k, x in rules):
             p.set_defaults(**({"steps": None} if "epochs" in preset else {}) | preset)
     args = p.parse_args(argv)
     if folder:
         args.data = os.path.abspath(args.data)  # a run may be resumed from elsewhere
     elif vars(args).get("remove_position", False) is None:
         args.remove_position = False
-    patch = patch_of(args.arch)
+    vit = NAME.fullmatch(args.arch)  # a network that is trained takes any size
+    patch = 1 if args.arch not in ARCHS else int(vit[3]) if vit else 8
     for name in ("size", "eval_size", "codebook_size"):
         if (pixels := vars(args).get(name) or 0) % patch:
             vars(args)[name] = pixels + -pixels % patch
@@ -201,9 +200,9 @@ def main(arguments, presets, schedule, train, count):
 
 
 # parts of errors that are no mistakes of the code -> what to do
-EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; take fewer of them",
+EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; take fewer",
             "equal size": "images of several shapes; --protocol stego or squash makes them equal",
-            "out of memory|allocate|MemoryError": "the memory is full; take a smaller --batch-size or --size"}
+            "out of memory|allocate|MemoryError": "the memory is full; take smaller sizes"}
 
 
 def command(run):
@@ -301,32 +300,28 @@ def average_gradients(module):
 
 
 # ---------------------------------------------------------------- a run
-class Seeded(Dataset):
-    """Items whose random draws depend on (seed, place in the epochs), not on who draws them."""
-    def __init__(self, dataset):
-        self.dataset = dataset
+@functools.lru_cache(1)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-    def __getitem__(self, key):
-        (index, seed), error = key, ""
+
+class Seeded(Dataset):
+    """Shuffled epochs of a data set, chained. An item and its random draws depend on the seed and
+    its place, not on who draws them."""
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, place):
+        n, error = len(self.dataset), ""
+        index = int(shuffled(n, self.seed + place // n)[place % n])
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            for step in range(len(self.dataset)):  # unreadable: the next image takes its place
-                item = self.dataset[(index + step) % len(self.dataset)]
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + place) % 2 ** 63)
+            for step in range(n):  # unreadable: the next image takes its place
+                item = self.dataset[(index + step) % n]
                 if not item["error"]:
                     return {**item, "error": error}
                 error = error or f"{item['path']}: {item['error']}"
         raise OSError(f"no image could be read; the first one: {error}")
-
-
-def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: shuffled epochs, chained: every batch is full."""
-    @functools.lru_cache(1)
-    def shuffled(epoch):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    share = batch // world()
-    for first in range(start * batch + rank() * share, steps * batch, batch):
-        yield [(shuffled(place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
-               for place in range(first, first + share)]
 
 
 def quiet_worker(_):
@@ -351,7 +346,7 @@ class Run:
             raise ValueError(f"--batch-size {args.batch_size} does not divide by {self.world}")
         if args.out and not args.resume:
             if os.path.lexists(self.folder / "args.json"):
-                raise ValueError(f"{args.out} already holds a run; --resume {args.out} continues it")
+                raise ValueError(f"{args.out} already holds a run; go on with --resume {args.out}")
             if images.root and Path(images.root).resolve().is_relative_to(self.folder.resolve()):
                 raise ValueError(f"--out {args.out} holds the data; take a folder inside or beside")
         if args.workers is None:
@@ -365,7 +360,7 @@ class Run:
             self.generators.append(torch.cuda.default_generators[self.device.index])
         self.loaded = load_checkpoint(args.resume, method) if args.resume else None
         self.files = {"train": images.files(), "val": val.files()}
-        self.phase, self.stop, self.reported, self.figures, self.seconds = -1, 0, set(), {}, 0.0
+        self.phase, self.stop, self.reported, self.seconds = -1, 0, set(), 0.0
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
@@ -389,7 +384,7 @@ class Run:
     def loop(self, phase, dataset, steps):
         """Yield (step, batch on the device) for one phase; nothing if a resumed run had finished
         it. SIGINT and SIGTERM are caught here alone: the step ends, a checkpoint is written."""
-        args = self.args
+        args, every = self.args, self.args.save_every
         self.phase, self.step, self.name = self.phase + 1, 0, phase
         if self.phase == 0:
             self._begin()
@@ -400,9 +395,11 @@ class Run:
             self.step, self.loaded = self.loaded["step"], None
         elif self.phase == 0:
             self.save()  # resumable from its first step on
-        seed = args.seed * 10_000_019 + self.phase * 1_000_003
-        keys = order(len(dataset), args.batch_size, self.step, 3 if args.bench else steps, seed)
-        loader = batches(Seeded(dataset), args.workers, batch_sampler=keys)
+        items = Seeded(dataset, args.seed * 10_000_019 + self.phase * 1_000_003)
+        size, share = args.batch_size, args.batch_size // self.world
+        ends = self.step * size + self.rank * share, (3 if args.bench else steps) * size
+        keys = (range(first, first + share) for first in range(*ends, size))  # steps may be many
+        loader = batches(items, args.workers, batch_sampler=keys)
         if args.bench:
             yield from self._bench([self._move(batch) for batch in loader])
             return
@@ -419,8 +416,7 @@ class Run:
             for batch in self.bar:
                 yield self.step, self._move(batch)
                 self.step += 1
-                due = self.step % args.save_every == 0 if args.save_every else (
-                    time.monotonic() - self.saved > 600)
+                due = self.step % every == 0 if every else time.monotonic() > self.saved + 600
                 if due or self.stop or self.step == steps:
                     self.save()
                 if self.stop:
@@ -534,7 +530,7 @@ class Run:
                 begin, self.seconds = self.clock(), 0.0
             yield step, loaded[step % len(loaded)]
         whole, backbone = self.clock() - begin, self.seconds
-        self.figures[self.name] = figures = {
+        figures = {
             "phase": self.name, "method": self.method, "arch": args.arch, "size": args.size,
             "batch_size": args.batch_size, "device": str(self.device),
             "threads": torch.get_num_threads(), "peak_gb": peak_memory(self.device),
@@ -542,8 +538,7 @@ class Run:
             "images_per_second": args.bench * args.batch_size / whole,
             "step_over_backbone": whole / backbone if backbone else None}
         say(json.dumps(figures))
-        if args.json and self.rank == 0:
-            figures = self.figures.get("head", figures)
+        if args.json and self.rank == 0 and self.name != "probe":  # CAUSE's last phase
             write(args.json, json.dumps(figures, indent=1).encode())
 
 
@@ -557,7 +552,7 @@ class Features:
             return
         unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
         if run.args.cache_features or unknown and not run.loaded:
-            moments = self._pass(dataset)  # of raw features: an unknown place is zero
+            moments = self._pass(dataset, bool(unknown))  # raw: a place not known yet is zero
         for module in unknown:
             if run.loaded:
                 load_trained(module.place, run.loaded["model"].get("backbone.place"))
@@ -572,9 +567,9 @@ class Features:
         with self.run.autocast():
             return self.backbone(images.to(self.run.device)).float()
 
-    def _pass(self, dataset):
-        """Over all images, into the table, or over 2,000 without one -> how many could be read, the
-        sum of their features (D,h,w) and the sums of the squares (D,)."""
+    def _pass(self, dataset, measure):
+        """Over all images, into the table, or over 2,000 without one -> if measured: how many could
+        be read, the sum of their features (D,h,w), the sums of the squares (D,)."""
         keep, size, n, total, squares = self.run.args.cache_features, len(dataset), 0, 0.0, 0.0
         some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
         loader = batches(Subset(dataset, some), self.run.args.workers, batch_size=16)
@@ -587,9 +582,10 @@ class Features:
                     say(f"--cache-features: {self.table.nbytes / 1e6:,.0f} MB for {size:,} images")
                 self.table[index] = feats.half()
                 dataset.unreadable = (*dataset.unreadable, *index[~good].tolist())
-            feats = feats[good].double()
-            n, total = n + len(feats), total + feats.sum(0)
-            squares = squares + feats.square().sum((0, 2, 3))
+            if measure:
+                feats = feats[good].double()
+                n, total = n + len(feats), total + feats.sum(0)
+                squares = squares + feats.square().sum((0, 2, 3))
         dataset.read_images = not keep  # the loaders to come need not open the files again
         return n, total, squares
 
@@ -604,21 +600,13 @@ class Features:
 
 
 # ---------------------------------------------------------------- files
-
-CHECKPOINT = {"method": str, "args": dict, "model": dict, "state": dict, "phase": int, "step": int,
-              "done": bool, "rng": list, "log": int, "backbone": str, "images": dict}
-
-
 def write(path, content):
     """Bytes -> file, by way of a temporary one that is renamed: at any time it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}); the old one is intact") from None
@@ -636,9 +624,11 @@ def load_checkpoint(folder, method=None):
     path = Path(folder) / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} holds no trained run")
+    kinds = dict(method=str, args=dict, model=dict, state=dict, phase=int, step=int, done=bool,
+                 rng=list, log=int, backbone=str, images=dict)
     try:
         content = read(path)
-        fits = [isinstance(content[k], kind) for k, kind in CHECKPOINT.items()]
+        fits = [isinstance(content[k], kind) for k, kind in kinds.items()]
         fits += [isinstance(x, list) for x in content["images"].values()]
         if not all(fits) or content["step"] < 0:
             raise TypeError
@@ -681,14 +671,14 @@ def check_fit(saved, wanted):
 @torch.no_grad()
 def load_trained(x, saved):
     """Inverse of `trained`, for a module, a tensor or an optimiser. An Exception where they do not
-    fit, ValueError for a module, which stays as it was."""
-    if isinstance(x, torch.optim.Optimizer):
+    fit, ValueError for a module or a tensor, which stay as they were."""
+    if not isinstance(x, (nn.Module, torch.Tensor)):
         x.load_state_dict(saved)
         for p, state in x.state.items() if isinstance(x, torch.optim.Adam) else ():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
                 raise ValueError("its moments have not the shapes of its parameters")
         return
-    own, saved = (trained(x), saved) if isinstance(x, nn.Module) else ({"it": x}, {"it": saved})
+    own, saved = ({"it": x}, {"it": saved}) if torch.is_tensor(x) else (trained(x), saved)
     check_fit(saved, own)
     for key, tensor in own.items():
         tensor.copy_(saved[key])
@@ -792,53 +782,43 @@ class WithoutPlace(Backbone):
         return share
 
 
-class Attention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x, rotary=None, only_map=False):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if rotary:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if only_map:  # fused attention never forms this matrix
-            return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B,heads,tokens,tokens)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,tokens,D/heads)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
 def rotate(x, sin, cos):
-    """Rotary positions for the last N tokens of x, channel c with c + half; sin, cos (N,width)."""
-    prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
+    """Rotary positions of x (B,heads,n,width), channel c with c + half; sin, cos (n,width)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
-
-
-def MLP(dim, hidden):
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(),
-                                     fc2=nn.Linear(hidden, dim)))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
-        self.w3 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp, scales, eps):
+    """A transformer block over tokens (B,n,D); its MLP is a SwiGLU in DINOv3's larger networks."""
+    def __init__(self, dim, heads, layer_scale, swiglu, eps):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps), mlp(dim, 4 * dim)
-        self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in scales}) for _ in "12")
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        wide, back = (dim, 4 * dim), (4 * dim, dim)
+        mlp = dict(w1=wide, w2=wide, w3=back) if swiglu else dict(fc1=wide, fc2=back)
+        self.attn, self.mlp = (
+            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layers.items()})
+            for layers in (dict(qkv=(dim, 3 * dim), proj=(dim, dim)), mlp))
+        names = ["gamma"] * layer_scale
+        self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in names}) for _ in "12")
+
+    def attend(self, x, rotary=None, only_map=False):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,n,D/heads) each
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if only_map:  # fused attention never forms this matrix
+            return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B,heads,n,n)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.attn["proj"](x.transpose(1, 2).flatten(2))
 
     def forward(self, x, rotary=None):
-        x = x + self.attn(self.norm1(x), rotary) * self.ls1.get("gamma", 1)
-        return x + self.mlp(self.norm2(x)) * self.ls2.get("gamma", 1)
+        x = x + self.attend(x, rotary) * self.ls1.get("gamma", 1)
+        y, mlp = self.norm2(x), self.mlp
+        if "w1" in mlp:
+            y = mlp["w3"](F.silu(mlp["w1"](y)) * mlp["w2"](y))
+        else:
+            y = mlp["fc2"](F.gelu(mlp["fc1"](y)))
+        return x + y * self.ls2.get("gamma", 1)
 
 
 class ViT(Backbone):
@@ -852,16 +832,15 @@ class ViT(Backbone):
         self.prefix, self.side = int(cls) + registers, side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
 
-        def tokens(n):
-            x = torch.empty(1, n, dim)
-            return nn.Parameter(nn.init.trunc_normal_(x, std=0.02)) if n else None
-        self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
-        self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
+        counts = int(cls), registers, 0 if position == "rotary" else int(cls) + self.side ** 2
+        for name, n in zip(("cls_token", "register_tokens", "pos_embed"), counts):
+            x = nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)
+            self.register_parameter(name, nn.Parameter(x) if n else None)
         if position == "rotary":  # wavelengths in units of half an image side
             n = dim // heads // 4
             self.register_buffer("periods", 100 ** (torch.arange(n) / n))
-        mlp, scales = SwiGLU if swiglu else MLP, ["gamma"] * layer_scale
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp, scales, eps) for _ in range(depth))
+        blocks = (Block(dim, heads, layer_scale, swiglu, eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
     def positions(self, h, w):
@@ -873,32 +852,31 @@ class ViT(Backbone):
         how = {"size": (h, w), "antialias": self.position == "antialias"}
         if self.position == "offset":
             how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)}
-        table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
-        return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
+        table = F.interpolate(table.mT.unflatten(2, (n, n)), mode="bicubic", **how)
+        return torch.cat((cls, table.flatten(2).mT), dim=1)
 
     def rotary(self, h, w):
-        """sin, cos (N, D/heads) of the angles: y of a patch's centre, then x, both in (-1, 1)."""
-        device = self.periods.device
-        y, x = (((torch.arange(n, device=device) + 0.5) / n * 2 - 1) for n in (h, w))
+        """sin, cos (prefix+N, D/heads) of the angles: y of a patch's centre, then x, in (-1, 1)."""
+        y, x = (((torch.arange(n).to(self.periods) + 0.5) / n * 2 - 1) for n in (h, w))
         centres = torch.cartesian_prod(y, x)  # (N,2)
         angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
+        angles = F.pad(angles, (0, 0, self.prefix, 0))  # tokens without a place do not turn
         return angles.sin(), angles.cos()
 
     def tokens(self, images, with_map=False):
         """-> tokens (B,prefix+N,D) after the final norm, last block's attention or None, (h, w)."""
         h, w = self.grid(images)
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B,N,D)
+        x = self.patch_embed["proj"](images).flatten(2).mT  # (B,N,D)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         rotary = self.rotary(h, w) if self.position == "rotary" else None
-        if not rotary:
-            x = x + self.positions(h, w)
+        x = x if rotary else x + self.positions(h, w)
         if self.register_tokens is not None:  # after the class token, without position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks[:-1]:
             x = block(x, rotary)
         last = self.blocks[-1]
-        attention = last.attn(last.norm1(x), rotary, only_map=True) if with_map else None
+        attention = last.attend(x, rotary, only_map=True) if with_map else None
         return self.norm(last(x, rotary)), attention, (h, w)
 
     def forward(self, images, with_map=False):
@@ -942,8 +920,7 @@ class DCT8(Backbone):
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
         bands = (band == torch.arange(9)[:, None]).float().reshape(9, 64, 1, 1)
         grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD.to(k.device)
-        for name, x in (("basis", products), ("bands", bands), ("grey", grey)):
-            self.register_buffer(name, x)
+        self.basis, self.bands, self.grey = map(nn.Buffer, (products, bands, grey))
 
     def forward(self, images):
         self.grid(images)
@@ -998,12 +975,6 @@ ARCHS = {  # name: "address sha256" (first digits, if known), or how to get it b
 NAME = re.compile(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?")
 
 
-def patch_of(arch):
-    """Side of a patch in pixels; 1 for networks that take any size."""
-    vit = NAME.fullmatch(arch)
-    return 1 if arch not in ARCHS else int(vit[3]) if vit else 8
-
-
 def load_backbone(arch, weights=None, depth=None, heads=None):
     """A frozen backbone in eval mode with .dim and .patch: normalised (B,3,H,W) -> (B,D,h,w).
 
@@ -1014,18 +985,15 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}{did_you_mean(arch, ARCHS)}")
-    make = {"dct8": DCT8}.get(arch, ResNet50)
-    if vit := NAME.fullmatch(arch):
-        family, size, patch, variant = vit.groups("dino")
-        family += f"_{variant}" * (variant in ("reg", "plus"))
-        width, blocks = SIZES[size]
-        if heads and width % heads:
-            raise ValueError(f"{heads} heads do not divide the width {width} of {arch}")
-        heads = heads or width // 64
-        make = functools.partial(ViT, width, blocks, heads, int(patch), **FAMILIES[family])
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they were
         torch.default_generator.manual_seed(0)
-        backbone = make()
+        if vit := NAME.fullmatch(arch):
+            family, size, patch, variant = vit.groups("dino")
+            family += f"_{variant}" * (variant in ("reg", "plus"))
+            width, blocks = SIZES[size]
+            backbone = ViT(width, blocks, heads or width // 64, int(patch), **FAMILIES[family])
+        else:
+            backbone = DCT8() if arch == "dct8" else ResNet50()
     blocks = len(getattr(backbone, "blocks", ()))
     if depth is not None and not 1 <= depth <= blocks:
         raise ValueError(f"--depth {depth} does not go with {arch}: it has {blocks or 'no'} blocks")
@@ -1099,7 +1067,7 @@ def load_weights(model, path, arch):
         raise ValueError(f"{path} does not fit {arch}: {error}") from None
     model.load_state_dict(state)  # fp16 -> float32
     for block in model.blocks if "periods" in wanted else ():
-        block.attn.qkv.bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
+        block.attn["qkv"].bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
 
 
 # ---------------------------------------------------------------- downloads
