@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 DATA = ("scenes camvid coco27 coco15 coco3 coco81 coco171 cityscapes27 cityscapes19 potsdam3 "
@@ -107,7 +107,6 @@ def parser(doc):
     add("--device", None, "cuda, cuda:1, cpu; else the accelerator if there is one")
     add("--workers", None, "processes that read images", type=whole(0, 1024))
     add("--cache-features", False, "keep frozen features in RAM (fp16): later epochs cost the head")
-    add("--compile", False, "torch.compile the backbone; pays on CUDA in runs of minutes")
     add("--smoke", False, "ten steps that touch everything, to see that it runs")
     add("--bench", None, "time that many steps on data held in memory, then stop", type=many)
     add("--json", None, "where --bench writes its figures", metavar="FILE")
@@ -116,7 +115,7 @@ def parser(doc):
 
 
 # what does not change a run's result is never taken from a saved one
-ONLY_TYPED = "resume out bench json show device workers save_every compile".split()
+ONLY_TYPED = "resume out bench json show device workers save_every".split()
 
 
 def parse(arguments, presets, argv=None):
@@ -131,24 +130,23 @@ def parse(arguments, presets, argv=None):
         p.set_defaults(**saved)
         args = p.parse_args(argv)
         other = [k for k in saved if vars(args)[k] != saved[k] and k not in ("root", "weights")]
-        if other or args.bench:
-            raise ValueError(f"--resume continues {args.resume} with its own options; drop "
-                             + ", ".join(map(flag, other or ["bench"])))
+        if other := other + ["bench"] * bool(args.bench):
+            raise ValueError(f"--resume has its own options; drop {', '.join(map(flag, other))}")
         return args
     folder = args.data not in DATA and os.path.isdir(args.data)
     known = ["folder" if folder else args.data] + ["smoke"] * args.smoke
     for key, preset in presets.items():
-        data, *words = key.split()
-        words = [word if "=" in word else f"arch={word}" for word in words]
-        if data in known and all(fnmatch.fnmatch(str(vars(args)[option]), pattern)
-                                 for option, pattern in (word.split("=") for word in words)):
+        data, *rules = key.split()
+        rules = [(rule if "=" in rule else f"arch={rule}").split("=") for rule in rules]
+        if data in known and all(fnmatch.fnmatch(str(vars(args)[k]), x) for k, x in rules):
             p.set_defaults(**({"steps": None} if "epochs" in preset else {}) | preset)
     args = p.parse_args(argv)
     if folder:
         args.data = os.path.abspath(args.data)  # a run may be resumed from elsewhere
     elif vars(args).get("remove_position", False) is None:
         args.remove_position = False
-    patch = patch_of(args.arch)
+    vit = NAME.fullmatch(args.arch)  # a network that is trained takes any size
+    patch = 1 if args.arch not in ARCHS else int(vit[3]) if vit else 8
     for name in ("size", "eval_size", "codebook_size"):
         if (pixels := vars(args).get(name) or 0) % patch:
             vars(args)[name] = pixels + -pixels % patch
@@ -162,20 +160,22 @@ def flag(name):
 
 def check_args(p, saved, folder):
     """Options of a checkpoint -> the same. ValueError unless each could have been typed."""
-    words, names = [], vars(p.parse_args([]))
-    own = {name for name in names if flag(name) not in p._option_string_actions}  # not typed
+    words, kept = [], {}
     try:
-        for name in names.keys() - own:
-            if isinstance(saved[name], bool):
-                words.append(flag(name if saved[name] else f"no_{name}"))
-            elif isinstance(saved[name], (list, tuple)):
-                words += [flag(name), *map(str, saved[name])]
-            elif saved[name] is not None:
-                words.append(f"{flag(name)}={saved[name]}")
-        found = vars(p.parse_args(words)) | {name: saved[name] for name in own}
-        if json.dumps(found) != json.dumps({name: saved[name] for name in found}):
+        for name, default in vars(p.parse_args([])).items():
+            x = kept[name] = saved[name]
+            if flag(name) not in p._option_string_actions:
+                continue  # presets and `train` fill it in
+            if isinstance(x, bool):
+                words.append(flag(name if x else f"no_{name}"))
+            elif isinstance(x, (list, tuple)):
+                words += [flag(name), *map(str, x)]
+            elif x is not None or default is not None:
+                words.append(f"{flag(name)}={x}")
+        found = vars(p.parse_args(words, argparse.Namespace(**kept)))
+        if json.dumps(found) != json.dumps(kept):
             raise ValueError("they are no options")
-        return found | {"classes": found["classes"] and int(found["classes"])}
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its options are damaged: {error}") from None
 
@@ -200,11 +200,9 @@ def main(arguments, presets, schedule, train, count):
 
 
 # parts of errors that are no mistakes of the code -> what to do
-EXPECTED = {"DataLoader worker (pid": "a process that reads images died; take fewer --workers",
-            "process pool": "a process that reads images died; try again with more memory",
+EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; take fewer",
             "equal size": "images of several shapes; --protocol stego or squash makes them equal",
-            "out of memory": "the GPU's memory is full; take a smaller --batch-size or --size",
-            "allocate": "the memory is full; take smaller sizes"}
+            "out of memory|allocate|MemoryError": "the memory is full; take smaller sizes"}
 
 
 def command(run):
@@ -222,7 +220,7 @@ def command(run):
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, (MemoryError, RuntimeError)):
-            text = next((advice for part, advice in EXPECTED.items() if part in text), "")
+            text = next((advice for part, advice in EXPECTED.items() if re.search(part, text)), "")
         if not text or os.environ.get("TRACEBACK"):  # a mistake of the code; for developers
             raise
         # a loader process's error carries its traceback, whose last part counts
@@ -302,35 +300,28 @@ def average_gradients(module):
 
 
 # ---------------------------------------------------------------- a run
-class Seeded(Dataset):
-    """Items whose random draws depend on (seed, place in the epochs), not on who draws them."""
-    def __init__(self, dataset):
-        self.dataset = dataset
+@functools.lru_cache(1)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-    def __getitem__(self, key):
-        (index, seed), error = key, ""
+
+class Seeded(Dataset):
+    """Shuffled epochs of a data set, chained. An item and its random draws depend on the seed and
+    its place, not on who draws them."""
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, place):
+        n, error = len(self.dataset), ""
+        index = int(shuffled(n, self.seed + place // n)[place % n])
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            for step in range(len(self.dataset)):  # unreadable: the next image takes its place
-                item = self.dataset[(index + step) % len(self.dataset)]
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + place) % 2 ** 63)
+            for step in range(n):  # unreadable: the next image takes its place
+                item = self.dataset[(index + step) % n]
                 if not item["error"]:
                     return {**item, "error": error}
                 error = error or f"{item['path']}: {item['error']}"
         raise OSError(f"no image could be read; the first one: {error}")
-
-
-def order(n, batch, start, steps, seed):
-    """Batches of (index, seed) for this process: shuffled epochs, chained: every batch is full."""
-    @functools.lru_cache(1)
-    def shuffled(epoch):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    share = batch // world()
-    for first in range(start * batch + rank() * share, steps * batch, batch):
-        yield [(shuffled(place // n)[place % n], (seed * 1_000_003 + place) % 2 ** 63)
-               for place in range(first, first + share)]
-
-
-collate = default_collate  # of items with images of one shape, else see EXPECTED
 
 
 def quiet_worker(_):
@@ -350,11 +341,14 @@ class Run:
     dropout takes, differs between them."""
     def __init__(self, method, args, images, val):
         self.method, self.args, self.device = method, args, start_processes(args.device)
-        self.rank, self.world, self.say = rank(), world(), say
+        self.rank, self.world, self.folder = rank(), world(), Path(args.resume or args.out or "")
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} does not divide by {self.world}")
-        if args.out and not args.resume and os.path.lexists(f"{args.out}/args.json"):
-            raise ValueError(f"{args.out} already holds a run; --resume {args.out} goes on with it")
+        if args.out and not args.resume:
+            if os.path.lexists(self.folder / "args.json"):
+                raise ValueError(f"{args.out} already holds a run; go on with --resume {args.out}")
+            if images.root and Path(images.root).resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(f"--out {args.out} holds the data; take a folder inside or beside")
         if args.workers is None:
             args.workers = 0 if args.data == "scenes" else 2 if self.device.type == "cpu" else 8
         if args.arch == "dct8" and args.data not in DATA:
@@ -364,10 +358,9 @@ class Run:
         self.generators = [torch.default_generator, self.shared]
         if self.device.type == "cuda":
             self.generators.append(torch.cuda.default_generators[self.device.index])
-        self.folder = Path(args.resume or args.out or "")
         self.loaded = load_checkpoint(args.resume, method) if args.resume else None
         self.files = {"train": images.files(), "val": val.files()}
-        self.phase, self.stop, self.reported, self.figures, self.seconds = -1, 0, set(), {}, 0.0
+        self.phase, self.stop, self.reported, self.seconds = -1, 0, set(), 0.0
 
     def autocast(self):
         """bf16 on CUDA, where fp16 could overflow unseen; fp32 on a CPU."""
@@ -384,10 +377,14 @@ class Run:
         for x in state.values():
             average_gradients(x)
 
-    def loop(self, phase, dataset, steps, batch_size=None):
+    def features(self, backbone, dataset):
+        """-> function batch -> (B,D,h,w), the frozen features: see `Features`."""
+        return Features(self, backbone, dataset)
+
+    def loop(self, phase, dataset, steps):
         """Yield (step, batch on the device) for one phase; nothing if a resumed run had finished
         it. SIGINT and SIGTERM are caught here alone: the step ends, a checkpoint is written."""
-        args, self.batch_size = self.args, batch_size or self.args.batch_size
+        args, every = self.args, self.args.save_every
         self.phase, self.step, self.name = self.phase + 1, 0, phase
         if self.phase == 0:
             self._begin()
@@ -398,32 +395,28 @@ class Run:
             self.step, self.loaded = self.loaded["step"], None
         elif self.phase == 0:
             self.save()  # resumable from its first step on
-        seed = args.seed * 10_000_019 + self.phase * 1_000_003
-        keys = order(len(dataset), self.batch_size, self.step, 3 if args.bench else steps, seed)
-        loader = batches(Seeded(dataset), args.workers, batch_sampler=keys)
+        items = Seeded(dataset, args.seed * 10_000_019 + self.phase * 1_000_003)
+        size, share = args.batch_size, args.batch_size // self.world
+        ends = self.step * size + self.rank * share, (3 if args.bench else steps) * size
+        keys = (range(first, first + share) for first in range(*ends, size))  # steps may be many
+        loader = batches(items, args.workers, batch_sampler=keys)
         if args.bench:
             yield from self._bench([self._move(batch) for batch in loader])
             return
         self.saved, self.logged = time.monotonic(), (self.step, time.monotonic())
-        self.bar = tqdm(total=steps, initial=self.step, desc=phase, disable=self.rank > 0)
-        alone = self.world == 1 and threading.current_thread() is threading.main_thread()
-        old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if alone}
+        self.bar = tqdm(loader, phase, steps, initial=self.step, disable=self.rank > 0)
 
         def stop(number, frame):
             self.stop = number
             signal.signal(number, old[number])  # the second one acts at once
             say("stopping after this step; once more to stop at once")
+        alone = self.world == 1 and threading.current_thread() is threading.main_thread()
+        old = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if alone}
         try:
-            for number in old:
-                signal.signal(number, stop)
-            for batch in loader:
+            for batch in self.bar:
                 yield self.step, self._move(batch)
                 self.step += 1
-                self.bar.update()
-                if self.step % 10 == 0 or self.step == steps:
-                    self._write_log()
-                due = self.step % args.save_every == 0 if args.save_every else (
-                    time.monotonic() - self.saved > 600)
+                due = self.step % every == 0 if every else time.monotonic() > self.saved + 600
                 if due or self.stop or self.step == steps:
                     self.save()
                 if self.stop:
@@ -436,19 +429,18 @@ class Run:
 
     def _begin(self):
         """Choose the folder and make it, or take up the resumed one; process 0 writes."""
-        args, model, writes = self.args, self.kept["model"], self.rank == 0 and not self.args.bench
+        args, model = self.args, self.kept["model"]
         self.backbone = digest(model.backbone) if hasattr(model, "backbone") else ""
         name = args.out or f"runs/{self.method}-{Path(args.data).name}-{args.arch}-{args.seed}"
+        if self.world > 1:
+            torch.manual_seed(args.seed + 1_000_003 * self.rank)  # each draws its own dropout
+        writes = self.rank == 0 and not args.bench
         for k in itertools.count(1) if writes and not self.loaded else ():
             self.folder = Path(f"{name}-{k}" if k > 1 else name)
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(*[FileExistsError] * (not args.out)):
                 (self.folder / "args.json").touch(exist_ok=False)  # the first free name is claimed
                 break
-        if self.world > 1:
-            dist.broadcast_object_list(box := [self.folder])
-            self.folder = box[0]
-            torch.manual_seed(args.seed + 1_000_003 * self.rank)  # each draws its own dropout
         say(f"{self.method} on {args.data} with {args.arch}, seed {args.seed}, {self.device}, "
             f"{self.world} process(es), torch {torch.__version__}, folder {self.folder}")
         if self.loaded:
@@ -467,29 +459,26 @@ class Run:
                 for name, x in batch.items()}
 
     def log(self, **terms):
-        """Scalars of this step, their mean over the processes, for the bar and the log: the one
-        wait for the device in a step. FloatingPointError before a step that is not finite."""
+        """Scalars of this step, their mean over the processes, every tenth time to the bar and to
+        log.jsonl. FloatingPointError before a step that is not finite. The one wait in a step."""
         values = torch.stack([torch.as_tensor(x, device=self.device).detach().float()
                               for x in terms.values()])
         if self.world > 1:  # and all stop at the same step
             dist.all_reduce(values)
-        self.terms = dict(zip(terms, (values / self.world).tolist()))
-        if bad := [name for name, value in self.terms.items() if not math.isfinite(value)]:
+        terms = dict(zip(terms, (values / self.world).tolist()))
+        if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
             self.save()  # the weights are those of the last good step
             raise FloatingPointError(f"step {self.step} ({self.name}): {', '.join(bad)} is not "
                                      f"finite; lower --lr; images: {', '.join(self.paths)}")
-
-    def _write_log(self):
-        """The last steps' speed and the last step's terms, to the bar and to log.jsonl."""
-        (step, begin), self.logged = self.logged, (self.step, time.monotonic())
-        rate = (self.step - step) * self.batch_size / max(self.logged[1] - begin, 1e-6)
-        left = (self.bar.total - self.step) * self.batch_size / rate / 60
-        self.bar.set_postfix_str(f"loss {self.terms.get('loss', 0):.3f}, {rate:.0f} images/s")
-        if step < 20 <= self.step and left > 1:
-            say(f"{self.name}: about {left:.0f} minutes more")
-        line = {"phase": self.name, "step": self.step, **self.terms, "images_per_second": rate,
-                "memory_gb": peak_memory(self.device)}
+        step = self.step + 1
+        if self.args.bench or step % 10 and step < self.bar.total:
+            return
+        (before, begin), self.logged = self.logged, (step, time.monotonic())
+        rate = (step - before) * self.args.batch_size / max(self.logged[1] - begin, 1e-6)
+        self.bar.set_postfix_str(f"loss {terms.get('loss', 0):.3f}, {rate:.0f} images/s")
         if self.rank == 0:
+            line = {"phase": self.name, "step": step, **terms, "images_per_second": rate,
+                    "memory_gb": peak_memory(self.device)}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -519,7 +508,7 @@ class Run:
         try:
             for name, x in self.kept.items():
                 if name in saved or not finished:
-                    restore(x, saved[name])
+                    load_trained(x, saved[name])
             name = "random state"
             for generator, state in zip(self.generators, content["rng"], strict=True):
                 generator.set_state(state)
@@ -540,22 +529,17 @@ class Run:
             if step == warm_up:
                 begin, self.seconds = self.clock(), 0.0
             yield step, loaded[step % len(loaded)]
-        seconds = {"backbone": self.seconds, "step": self.clock() - begin}
-        ms = {name: 1000 * x / args.bench for name, x in seconds.items()}
-        self.figures[self.name] = figures = {
+        whole, backbone = self.clock() - begin, self.seconds
+        figures = {
             "phase": self.name, "method": self.method, "arch": args.arch, "size": args.size,
-            "batch_size": self.batch_size, "device": str(self.device),
-            "threads": torch.get_num_threads(), "ms": ms, "peak_gb": peak_memory(self.device),
-            "images_per_second": 1000 * self.batch_size / ms["step"],
-            "step_over_backbone": ms["step"] / ms["backbone"] if ms["backbone"] else None}
+            "batch_size": args.batch_size, "device": str(self.device),
+            "threads": torch.get_num_threads(), "peak_gb": peak_memory(self.device),
+            "ms": {"backbone": 1000 * backbone / args.bench, "step": 1000 * whole / args.bench},
+            "images_per_second": args.bench * args.batch_size / whole,
+            "step_over_backbone": whole / backbone if backbone else None}
         say(json.dumps(figures))
-        if args.json and self.rank == 0:
-            figures = self.figures.get("head", figures) | {"phases": self.figures}
+        if args.json and self.rank == 0 and self.name != "probe":  # CAUSE's last phase
             write(args.json, json.dumps(figures, indent=1).encode())
-
-    def features(self, backbone, dataset):
-        """-> function batch -> (B,D,h,w), the frozen features: see `Features`."""
-        return Features(self, backbone, dataset)
 
 
 class Features:
@@ -563,47 +547,47 @@ class Features:
     bf16 on CUDA; features(batch, "positive"): of batch["positive"]. Makes `WithoutPlace` ready, and
     with --cache-features a table of images x D x N x 2 bytes in RAM."""
     def __init__(self, run, backbone, dataset):
-        self.run, self.table = run, None
-        self.backbone = torch.compile(backbone) if run.args.compile else backbone
-        for module in () if run.args.bench else backbone.modules():
-            if isinstance(module, WithoutPlace):
-                self._measure(module, dataset)
-        if run.args.cache_features and not run.args.bench:
-            self._fill(dataset)
+        self.run, self.backbone, self.table = run, backbone, None
+        if run.args.bench:
+            return
+        unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
+        if run.args.cache_features or unknown and not run.loaded:
+            moments = self._pass(dataset, bool(unknown))  # raw: a place not known yet is zero
+        for module in unknown:
+            if run.loaded:
+                load_trained(module.place, run.loaded["model"].get("backbone.place"))
+            else:
+                module.measure(*moments, run.args.remove_position)
+            module.known = True
+            for part in () if self.table is None else self.table[:, :module.dim].split(16):
+                part.copy_(module.less(part.to(module.place)))
 
     @torch.no_grad()
-    def _compute(self, images, backbone=None):
+    def _compute(self, images):
         with self.run.autocast():
-            return (backbone or self.backbone)(images.to(self.run.device)).float()
+            return self.backbone(images.to(self.run.device)).float()
 
-    def _pass(self, dataset, what, backbone=None):
-        """Over a data set: (indices, features on the CPU, which images could be read)."""
-        loader = batches(dataset, self.run.args.workers, batch_size=16)
-        for batch in tqdm(loader, what, disable=self.run.rank > 0):
-            feats = self._compute(batch["image"], backbone).cpu()
-            yield batch["index"], feats, torch.tensor([not error for error in batch["error"]])
-
-    def _measure(self, place, dataset):
-        """Take out the place if --remove-position says so, or if it explains little."""
-        if self.run.loaded:
-            saved = self.run.loaded["model"].get("backbone.place")
-            return load_trained({"place": place.place}, {"place": saved})
-        some = torch.linspace(0, len(dataset) - 1, min(2000, len(dataset))).long().tolist()
-        parts = self._pass(Subset(dataset, some), "places", place.backbone)
-        share = place.measure(feats[good] for _, feats, good in parts)
-        wanted = self.run.args.remove_position or share < PLACE_SHARE
-        place.place *= wanted
-        say(f"the place of a patch explains {share:.0%} of the features' variance and "
-            f"{'is taken out' if wanted else 'stays in'} (--remove-position, --no-remove-position)")
-
-    def _fill(self, dataset):
-        shape = len(dataset), *self._compute(dataset[0]["image"][None]).shape[1:]
-        say(f"--cache-features: {2 * math.prod(shape) / 1e6:,.0f} MB for {len(dataset):,} images")
-        self.table, unreadable = torch.empty(shape, dtype=torch.float16), set()  # (n,D,h,w)
-        for index, feats, good in self._pass(dataset, "features"):
-            self.table[index] = feats.half()
-            unreadable |= set(index[~good].tolist())
-        dataset.unreadable, dataset.read_images = unreadable, False  # files are not opened again
+    def _pass(self, dataset, measure):
+        """Over all images, into the table, or over 2,000 without one -> if measured: how many could
+        be read, the sum of their features (D,h,w), the sums of the squares (D,)."""
+        keep, size, n, total, squares = self.run.args.cache_features, len(dataset), 0, 0.0, 0.0
+        some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
+        loader = batches(Subset(dataset, some), self.run.args.workers, batch_size=16)
+        for batch in tqdm(loader, "features", disable=self.run.rank > 0):
+            index, feats = batch["index"], self._compute(batch["image"]).cpu()
+            good = torch.tensor([not error for error in batch["error"]])
+            if keep:
+                if self.table is None:
+                    self.table = torch.empty(size, *feats.shape[1:], dtype=torch.float16)
+                    say(f"--cache-features: {self.table.nbytes / 1e6:,.0f} MB for {size:,} images")
+                self.table[index] = feats.half()
+                dataset.unreadable = (*dataset.unreadable, *index[~good].tolist())
+            if measure:
+                feats = feats[good].double()
+                n, total = n + len(feats), total + feats.sum(0)
+                squares = squares + feats.square().sum((0, 2, 3))
+        dataset.read_images = not keep  # the loaders to come need not open the files again
+        return n, total, squares
 
     def __call__(self, batch, name="image"):
         if self.table is not None:
@@ -616,21 +600,13 @@ class Features:
 
 
 # ---------------------------------------------------------------- files
-
-CHECKPOINT = {"method": str, "args": dict, "model": dict, "state": dict, "phase": int, "step": int,
-              "done": bool, "rng": list, "log": int, "backbone": str, "images": dict}
-
-
 def write(path, content):
     """Bytes -> file, by way of a temporary one that is renamed: at any time it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}); the old one is intact") from None
@@ -648,14 +624,16 @@ def load_checkpoint(folder, method=None):
     path = Path(folder) / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} holds no trained run")
+    kinds = dict(method=str, args=dict, model=dict, state=dict, phase=int, step=int, done=bool,
+                 rng=list, log=int, backbone=str, images=dict)
     try:
         content = read(path)
-        wrong = [k for k, kind in CHECKPOINT.items() if not isinstance(content[k], kind)]
-        wrong += [k for k, x in content["images"].items() if not isinstance(x, list)]
+        fits = [isinstance(content[k], kind) for k, kind in kinds.items()]
+        fits += [isinstance(x, list) for x in content["images"].values()]
+        if not all(fits) or content["step"] < 0:
+            raise TypeError
     except Exception as error:  # truncated, a pickle with code, no checkpoint at all
         raise ValueError(f"{path} is no checkpoint of ours ({type(error).__name__})") from None
-    if wrong or content["step"] < 0:
-        raise ValueError(f"{path} is no checkpoint of ours ({', '.join(wrong)})")
     if method and content["method"] != method:
         raise ValueError(f"{path} is a run of {content['method']}.py, not of {method}.py")
     return content
@@ -676,40 +654,34 @@ def trained(x):
             if not str(k).startswith("backbone.") or k == "backbone.place"}
 
 
-def compare(saved, wanted):
-    """Tensors {name: tensor} from a file beside those of a model -> a text for each difference."""
-    wrong = [f"no {k}" for k in wanted if not torch.is_tensor(saved.get(k))]
-    wrong += [f"unknown {k}" for k in saved if k not in wanted]
-    for k, x in saved.items() if not wrong else ():
-        size, right = ("x".join(map(str, t.shape)) for t in (x, wanted[k]))
-        kinds = {(t.layout, t.is_floating_point()) for t in (x, wanted[k])}
+def check_fit(saved, wanted):
+    """ValueError unless tensors {name: tensor} from a file can stand for those of a model."""
+    for k in [*wanted, *saved]:
+        x, own = saved.get(k), wanted.get(k)
+        if x is None or own is None:
+            raise ValueError(f"no {k}" if x is None else f"unknown {k}")
+        size, right = ("x".join(map(str, t.shape)) for t in (x, own))
         if size != right:
-            wrong.append(f"{k} is {size} instead of {right}")
-        elif len(kinds) > 1 or not x.isfinite().all():
-            wrong.append(f"{k} does not hold finite numbers")
-    return wrong[:3] + [f"{len(wrong) - 3} more"] * (len(wrong) > 3)
+            raise ValueError(f"{k} is {size} instead of {right}")
+        kinds = {(t.layout, t.is_floating_point()) for t in (x, own)}
+        if len(kinds) > 1 or not x.isfinite().all():
+            raise ValueError(f"{k} does not hold finite numbers")
 
 
 @torch.no_grad()
-def load_trained(module, saved):
-    """Inverse of `trained`, for a module or {name: tensor}. ValueError where they do not fit."""
-    own = trained(module) if isinstance(module, nn.Module) else module
-    if wrong := compare(saved, own):
-        raise ValueError(", ".join(wrong))
-    for key, x in own.items():
-        x.copy_(saved[key])
-
-
-def restore(x, saved):
-    """Put back a module, an optimiser or a tensor; raises an Exception where it does not fit."""
-    if isinstance(x, nn.Module):
-        return load_trained(x, saved)
-    if torch.is_tensor(x):
-        return load_trained({"it": x}, {"it": saved})
-    x.load_state_dict(saved)
-    for p, state in x.state.items() if isinstance(x, torch.optim.Adam) else ():
-        if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
-            raise ValueError("its moments have not the shapes of its parameters")
+def load_trained(x, saved):
+    """Inverse of `trained`, for a module, a tensor or an optimiser. An Exception where they do not
+    fit, ValueError for a module or a tensor, which stay as they were."""
+    if not isinstance(x, (nn.Module, torch.Tensor)):
+        x.load_state_dict(saved)
+        for p, state in x.state.items() if isinstance(x, torch.optim.Adam) else ():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+                raise ValueError("its moments have not the shapes of its parameters")
+        return
+    own, saved = ({"it": x}, {"it": saved}) if torch.is_tensor(x) else (trained(x), saved)
+    check_fit(saved, own)
+    for key, tensor in own.items():
+        tensor.copy_(saved[key])
 
 
 def digest(module):
@@ -734,12 +706,11 @@ def peak_memory(device):
     """Peak memory in GB: of the GPU, or of this process (Windows does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # macOS counts bytes, Linux kilobytes
-    except ImportError:
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return 0.0
 
 
 def versions(device):
@@ -753,7 +724,6 @@ def versions(device):
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet, as all backbones expect
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-PLACE_SHARE = 1 / 3  # of the variance: below it, on a folder, the place is taken out
 
 
 class Backbone(nn.Module):
@@ -783,7 +753,7 @@ class WithoutPlace(Backbone):
     def __init__(self, backbone, size):
         super().__init__()
         self.backbone, self.dim, self.patch = backbone, backbone.dim, backbone.patch
-        self.prefix, side = backbone.prefix, -(-size // backbone.patch)
+        self.prefix, side, self.known = backbone.prefix, -(-size // backbone.patch), False
         self.register_buffer("place", torch.zeros(self.dim, side, side))
 
     def less(self, feats):
@@ -796,71 +766,59 @@ class WithoutPlace(Backbone):
         feats, attention = self.backbone.forward_with_attention(images)
         return self.less(feats), attention
 
-    def measure(self, parts):
-        """Take the place from parts (n,D,h,w) of the features -> its share of their variance."""
-        total, squares, n = 0.0, 0.0, 0
-        for feats in parts:
-            feats = feats.double()
-            total, squares, n = total + feats.sum(0), squares + feats.square().sum(), n + len(feats)
-        mean = total / n  # (D,h,w)
+    def measure(self, n, total, squares, wanted=None):
+        """Take out the place if wanted, or if it explains little of the variance -> its share. Of n
+        images: the sum of the features (D,h,w), the sums of the squares (D,)."""
+        mean = total[:self.dim] / n  # hp's window stands behind the D channels
         overall = mean.mean((1, 2), keepdim=True)
-        place, variance = mean - overall, squares / n - overall.square().sum() * mean[0].numel()
-        self.place.copy_(F.interpolate(place[None], self.place.shape[1:], mode="bilinear")[0])
-        return (place.square().sum() / variance.clamp(min=1e-12)).item()
-
-
-class Attention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def queries_keys_values(self, x, rotary):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if rotary:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return q, k, v  # (B,heads,tokens,D/heads) each
-
-    def forward(self, x, rotary=None):
-        x = F.scaled_dot_product_attention(*self.queries_keys_values(x, rotary))
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def map(self, x, rotary=None):
-        q, k, _ = self.queries_keys_values(x, rotary)  # fused attention never forms this matrix
-        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)  # (B,heads,tokens,tokens)
+        place, overall = mean - overall, overall.square().sum() * mean[0].numel()
+        variance = (squares[:self.dim].sum() / n - overall).clamp(min=1e-12)
+        share = (place.square().sum() / variance).item()
+        wanted = wanted or share < 1 / 3
+        place = F.interpolate(place[None], self.place.shape[1:], mode="bilinear")[0]
+        self.place.copy_(place * wanted)
+        say(f"the place of a patch explains {share:.0%} of the features' variance and "
+            f"{'is taken out' if wanted else 'stays in'} (--[no-]remove-position)")
+        return share
 
 
 def rotate(x, sin, cos):
-    """Rotary positions for the last N tokens of x, channel c with c + half; sin, cos (N,width)."""
-    prefix, x = x.split((x.shape[2] - len(sin), len(sin)), dim=2)
+    """Rotary positions of x (B,heads,n,width), channel c with c + half; sin, cos (n,width)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((prefix, (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)), dim=2)
-
-
-def MLP(dim, hidden):
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(),
-                                     fc2=nn.Linear(hidden, dim)))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
-        self.w3 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp, scales, eps):
+    """A transformer block over tokens (B,n,D); its MLP is a SwiGLU in DINOv3's larger networks."""
+    def __init__(self, dim, heads, layer_scale, swiglu, eps):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps), mlp(dim, 4 * dim)
-        self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in scales}) for _ in "12")
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        wide, back = (dim, 4 * dim), (4 * dim, dim)
+        mlp = dict(w1=wide, w2=wide, w3=back) if swiglu else dict(fc1=wide, fc2=back)
+        self.attn, self.mlp = (
+            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layers.items()})
+            for layers in (dict(qkv=(dim, 3 * dim), proj=(dim, dim)), mlp))
+        names = ["gamma"] * layer_scale
+        self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in names}) for _ in "12")
+
+    def attend(self, x, rotary=None, only_map=False):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,n,D/heads) each
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if only_map:  # fused attention never forms this matrix
+            return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B,heads,n,n)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.attn["proj"](x.transpose(1, 2).flatten(2))
 
     def forward(self, x, rotary=None):
-        x = x + self.attn(self.norm1(x), rotary) * self.ls1.get("gamma", 1)
-        return x + self.mlp(self.norm2(x)) * self.ls2.get("gamma", 1)
+        x = x + self.attend(x, rotary) * self.ls1.get("gamma", 1)
+        y, mlp = self.norm2(x), self.mlp
+        if "w1" in mlp:
+            y = mlp["w3"](F.silu(mlp["w1"](y)) * mlp["w2"](y))
+        else:
+            y = mlp["fc2"](F.gelu(mlp["fc1"](y)))
+        return x + y * self.ls2.get("gamma", 1)
 
 
 class ViT(Backbone):
@@ -874,16 +832,15 @@ class ViT(Backbone):
         self.prefix, self.side = int(cls) + registers, side or 224 // patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
 
-        def tokens(n):
-            x = torch.empty(1, n, dim)
-            return nn.Parameter(nn.init.trunc_normal_(x, std=0.02)) if n else None
-        self.cls_token, self.register_tokens = tokens(int(cls)), tokens(registers)
-        self.pos_embed = None if position == "rotary" else tokens(int(cls) + self.side ** 2)
+        counts = int(cls), registers, 0 if position == "rotary" else int(cls) + self.side ** 2
+        for name, n in zip(("cls_token", "register_tokens", "pos_embed"), counts):
+            x = nn.init.trunc_normal_(torch.empty(1, n, dim), std=0.02)
+            self.register_parameter(name, nn.Parameter(x) if n else None)
         if position == "rotary":  # wavelengths in units of half an image side
             n = dim // heads // 4
             self.register_buffer("periods", 100 ** (torch.arange(n) / n))
-        mlp, scales = SwiGLU if swiglu else MLP, ["gamma"] * layer_scale
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp, scales, eps) for _ in range(depth))
+        blocks = (Block(dim, heads, layer_scale, swiglu, eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, eps) if norm else nn.Identity()
 
     def positions(self, h, w):
@@ -895,32 +852,31 @@ class ViT(Backbone):
         how = {"size": (h, w), "antialias": self.position == "antialias"}
         if self.position == "offset":
             how = {"scale_factor": ((h + 0.1) / n, (w + 0.1) / n)}
-        table = F.interpolate(table.transpose(1, 2).unflatten(2, (n, n)), mode="bicubic", **how)
-        return torch.cat((cls, table.flatten(2).transpose(1, 2)), dim=1)
+        table = F.interpolate(table.mT.unflatten(2, (n, n)), mode="bicubic", **how)
+        return torch.cat((cls, table.flatten(2).mT), dim=1)
 
     def rotary(self, h, w):
-        """sin, cos (N, D/heads) of the angles: y of a patch's centre, then x, both in (-1, 1)."""
-        device = self.periods.device
-        y, x = (((torch.arange(n, device=device) + 0.5) / n * 2 - 1) for n in (h, w))
+        """sin, cos (prefix+N, D/heads) of the angles: y of a patch's centre, then x, in (-1, 1)."""
+        y, x = (((torch.arange(n).to(self.periods) + 0.5) / n * 2 - 1) for n in (h, w))
         centres = torch.cartesian_prod(y, x)  # (N,2)
         angles = (2 * torch.pi * centres[:, :, None] / self.periods).flatten(1).repeat(1, 2)
+        angles = F.pad(angles, (0, 0, self.prefix, 0))  # tokens without a place do not turn
         return angles.sin(), angles.cos()
 
     def tokens(self, images, with_map=False):
         """-> tokens (B,prefix+N,D) after the final norm, last block's attention or None, (h, w)."""
         h, w = self.grid(images)
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B,N,D)
+        x = self.patch_embed["proj"](images).flatten(2).mT  # (B,N,D)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         rotary = self.rotary(h, w) if self.position == "rotary" else None
-        if not rotary:
-            x = x + self.positions(h, w)
+        x = x if rotary else x + self.positions(h, w)
         if self.register_tokens is not None:  # after the class token, without position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks[:-1]:
             x = block(x, rotary)
         last = self.blocks[-1]
-        attention = last.attn.map(last.norm1(x), rotary) if with_map else None
+        attention = last.attend(x, rotary, only_map=True) if with_map else None
         return self.norm(last(x, rotary)), attention, (h, w)
 
     def forward(self, images, with_map=False):
@@ -933,21 +889,17 @@ class ViT(Backbone):
         return self(images, with_map=True)
 
 
-class ResNet50(Backbone):
+class ResNet50(Backbone, nn.Sequential):
     """torchvision's ResNet-50, last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,h,w)."""
     dim, patch = 2048, 8
 
     def __init__(self):
-        super().__init__()
         net = torchvision.models.resnet50(replace_stride_with_dilation=(False, True, True))
-        for name, child in list(net.named_children())[:-2]:  # no avgpool, no fc; names unchanged
-            self.add_module(name, child)
+        super().__init__(OrderedDict(list(net.named_children())[:-2]))  # no avgpool, no fc
 
     def forward(self, images):
         self.grid(images)
-        for child in self.children():
-            images = child(images)
-        return images
+        return super().forward(images)
 
 
 class DCT8(Backbone):
@@ -968,8 +920,7 @@ class DCT8(Backbone):
         band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
         bands = (band == torch.arange(9)[:, None]).float().reshape(9, 64, 1, 1)
         grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD.to(k.device)
-        for name, x in (("basis", products), ("bands", bands), ("grey", grey)):
-            self.register_buffer(name, x)
+        self.basis, self.bands, self.grey = map(nn.Buffer, (products, bands, grey))
 
     def forward(self, images):
         self.grid(images)
@@ -1024,12 +975,6 @@ ARCHS = {  # name: "address sha256" (first digits, if known), or how to get it b
 NAME = re.compile(r"(?:(\w+)_)?vit([sbl])(\d+)_?(reg|plus|hub)?")
 
 
-def patch_of(arch):
-    """Side of a patch in pixels; 1 for networks that take any size."""
-    vit = NAME.fullmatch(arch)
-    return 1 if arch not in ARCHS else int(vit[3]) if vit else 8
-
-
 def load_backbone(arch, weights=None, depth=None, heads=None):
     """A frozen backbone in eval mode with .dim and .patch: normalised (B,3,H,W) -> (B,D,h,w).
 
@@ -1040,18 +985,15 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}{did_you_mean(arch, ARCHS)}")
-    make = {"dct8": DCT8}.get(arch, ResNet50)
-    if vit := NAME.fullmatch(arch):
-        family, size, patch, variant = vit.groups("dino")
-        family += f"_{variant}" * (variant in ("reg", "plus"))
-        width, blocks = SIZES[size]
-        if heads and width % heads:
-            raise ValueError(f"{heads} heads do not divide the width {width} of {arch}")
-        heads = heads or width // 64
-        make = functools.partial(ViT, width, blocks, heads, int(patch), **FAMILIES[family])
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they were
         torch.default_generator.manual_seed(0)
-        backbone = make()
+        if vit := NAME.fullmatch(arch):
+            family, size, patch, variant = vit.groups("dino")
+            family += f"_{variant}" * (variant in ("reg", "plus"))
+            width, blocks = SIZES[size]
+            backbone = ViT(width, blocks, heads or width // 64, int(patch), **FAMILIES[family])
+        else:
+            backbone = DCT8() if arch == "dct8" else ResNet50()
     blocks = len(getattr(backbone, "blocks", ()))
     if depth is not None and not 1 <= depth <= blocks:
         raise ValueError(f"--depth {depth} does not go with {arch}: it has {blocks or 'no'} blocks")
@@ -1119,11 +1061,13 @@ def load_weights(model, path, arch):
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     own = {k: x for k, x in wanted.items() if k.endswith(("num_batches_tracked", "periods"))}
     state = own | state  # files may lack these
-    if wrong := compare(state, wanted):
-        raise ValueError(f"{path} does not fit {arch}: {', '.join(wrong)}")
+    try:
+        check_fit(state, wanted)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {arch}: {error}") from None
     model.load_state_dict(state)  # fp16 -> float32
     for block in model.blocks if "periods" in wanted else ():
-        block.attn.qkv.bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
+        block.attn["qkv"].bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
 
 
 # ---------------------------------------------------------------- downloads
@@ -1142,11 +1086,7 @@ def fetch(arch):
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     note = path.with_name(name + ".sha256")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other processes of a run wait
-        try:
-            download(url, path)
-        except OSError as error:
-            raise OSError(f"{error}, or give --weights FILE") from None
-        found = file_digest(path)
+        found = file_digest(download(url, path))
         if not sha256 and not note.exists():
             write(note, found.encode())
         if not found.startswith(sha256 or note.read_text().strip()):
@@ -1157,42 +1097,39 @@ def fetch(arch):
     return path
 
 
-def download(url, path, sha256=None, size=None):
+def download(url, path, sha256=""):
     """url -> file `path`, by way of PATH.part, with which a later call goes on while the server has
     the same file (If-Range). Renamed when length and sha256, or its first digits, are right."""
     path = Path(path)
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
+    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    asked, have = urllib.request.Request(url), 0
-    if part.exists() and note.exists():
-        have = part.stat().st_size
-        asked.headers = {"Range": f"bytes={have}-", "If-range": note.read_text()}
+    asked = urllib.request.Request(url)
+    if part.exists() and tag.exists():
+        asked.headers = {"Range": f"bytes={part.stat().st_size}-", "If-range": tag.read_text()}
     try:
         with urllib.request.urlopen(asked, timeout=60) as answer:
-            note.unlink(missing_ok=True)  # the part belongs to nothing until this is checked
-            headers, have = answer.headers, have * (answer.status == 206)
+            tag.unlink(missing_ok=True)  # the part belongs to nothing until this is checked
+            headers, have = answer.headers, part.stat().st_size if answer.status == 206 else 0
             if have and not f"{headers['Content-Range']}".startswith(f"bytes {have}-"):
                 raise OSError("the server sends another part than asked for")
-            total = have + int(headers["Content-Length"] or (size or 0) - have)
-            if size not in (None, total) or not (total or sha256):
-                raise OSError(f"the server says {total} bytes, expected are {size}")
+            total = have + int(headers["Content-Length"] or 0)
             if headers["ETag"]:
-                note.write_text(headers["ETag"])
+                tag.write_text(headers["ETag"])
             with open(part, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
                 while block := answer.read(2 ** 20):
                     bar.update(file.write(block))
+        if not have < part.stat().st_size == total:
+            raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # nothing left to send of that: from the start
-            note.unlink()
+            tag.unlink()
         raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
-    if (have := part.stat().st_size) < total:
-        raise OSError(f"{url} ended after {have:,} of {total:,} bytes; try again, it resumes")
-    note.unlink(missing_ok=True)
-    if have != (total or have) or not file_digest(part).startswith(sha256 or ""):
+    tag.unlink(missing_ok=True)
+    if not file_digest(part).startswith(sha256):
         part.unlink()
-        raise OSError(f"{url} sent a wrong file ({have:,} bytes), now deleted")
+        raise OSError(f"{url} sent a wrong file, by its sha256; it is deleted")
     os.replace(part, path)
     return path

@@ -1,7 +1,7 @@
 """Fully connected CRF in plain PyTorch: sharpens a segmentation along the edges of its photo.
 
-    python crf.py PHOTO --out crf.png      before and after, with a legend
-    python crf.py --bench                  table of times; on a GPU: --device cuda --batch 16
+    python crf.py PHOTO --out crf.png      before and after
+    python crf.py --bench                  seconds; on a GPU: --device cuda --batch 16
 
 Krähenbühl, Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials",
 2011: every pixel is linked to all others by two Gaussian kernels k(f_i, f_j), over positions and
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 bags = partial(F.embedding_bag, mode="sum")  # sums of weighted rows, faster than sparse products
@@ -141,8 +141,8 @@ def dense_crf(image, log_probs, iterations=10, gaussian_sxy=1, gaussian_compat=3
     log_p = log_p.softmax(1).clamp_(1e-5, 1).log_()  # (pixels,C)
     if not log_p.isfinite().all():
         raise ValueError("log_probs hold NaN, +inf or a pixel of nothing but -inf")
-    grid = [torch.arange(size, device=photo.device) for size in (len(photo), H, W)]
-    number, y, x = [index.flatten() for index in torch.meshgrid(*grid, indexing="ij")]  # (pixels,)
+    grid = [torch.arange(n, device=photo.device) for n in (len(photo), H, W)]
+    number, y, x = torch.cartesian_prod(*grid).T  # (pixels,) each
     colours = photo[:, [2, 1, 0]].transpose(0, 1).flatten(1)  # BGR as in STEGO: moves the lattice
     build, kernels = exact_filter if exact else Lattice, []
     for compat, sxy, rest in ((gaussian_compat, gaussian_sxy, []),
@@ -183,17 +183,6 @@ def read(path):
     return pil_to_tensor(picture)
 
 
-def write(path, save):
-    """save(file) into a new file, renamed to path: a link there is replaced, not followed."""
-    part = path.with_name(os.urandom(8).hex() + path.suffix)
-    try:
-        with open(part, "xb") as file:
-            save(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def before_and_after(photo):
     """A photo, its 8x8 patches labelled by colour, coarse as a ViT, and these after the CRF."""
     H, W = photo.shape[1:]
@@ -202,55 +191,49 @@ def before_and_after(photo):
     centres = points[points.sum(1).argsort()[torch.linspace(0, len(points) - 1, 6).long()]]
     logits = torch.cdist(points, centres).square().T.view(1, 6, *patches.shape[2:]) / -800
     logits = F.interpolate(logits, (H, W), mode="bilinear")[0]
-    maps = logits.argmax(0), dense_crf(photo, logits).argmax(0)  # (H,W)
-    colours = [ImageColor.getrgb(f"hsv({60 * k},60%,90%)") for k in range(6)]
-    panels = [photo.permute(1, 2, 0)] + [torch.tensor(colours)[m] for m in maps]
-    canvas = Image.new("RGB", (3 * W + 150, max(H, 130)))
-    canvas.paste(Image.fromarray(torch.cat(panels, 1).byte().numpy()))
-    for k, colour in enumerate(colours):
-        text = f"cluster {k}: " + " -> ".join(f"{(m == k).float().mean():.0%}" for m in maps)
-        ImageDraw.Draw(canvas).text((3 * W + 8, 8 + 18 * k), text, fill=colour)
-    return canvas
+    colours = torch.tensor([ImageColor.getrgb(f"hsv({60 * k},60%,90%)") for k in range(6)])
+    maps = [colours[x.argmax(0)] for x in (logits, dense_crf(photo, logits))]  # (H,W,3)
+    return Image.fromarray(torch.cat([photo.permute(1, 2, 0), *maps], 1).byte().numpy())
+
+
+def bench(photo, batch, device):
+    """Print seconds, best of 3, for a photo (1,3,H,W) in three sizes, with 5 and 27 classes."""
+    assert batch > 0, "--batch takes at least 1"
+    torch.manual_seed(0)
+    for size, C in (160, 5), (160, 27), (320, 5), (320, 27), (512, 5), (512, 27):
+        image = F.interpolate(photo, (size, size), mode="bicubic").clamp(0, 255).byte()
+        image = image.repeat(batch, 1, 1, 1).to(device)
+        logits = torch.randn(batch, C, 40, 40, device=device)
+        logits = F.interpolate(logits, (size, size), mode="bilinear")
+        run = lambda n: dense_crf(image, logits, n).sum().item()  # item() waits for a GPU
+        build, total = (min(timeit.repeat(lambda: run(n), number=1, repeat=3)) for n in (0, 10))
+        print(json.dumps(dict(size=size, classes=C, build=build, iteration=(total - build) / 10,
+                              total=total, images_per_second=batch / total)), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    add, rows = parser.add_argument, []
+    add = parser.add_argument
     add("photo", nargs="?", help="an image file; larger ones are shrunk to 1024 pixels")
     add("--out", type=Path, default="crf.png", help="the picture that is written")
-    add("--bench", action="store_true", help="seconds, best of 3, for PHOTO or soft noise")
-    add("--json", type=Path, help="file for the table of --bench")
+    add("--bench", action="store_true", help="seconds as JSON, for PHOTO or soft noise")
     add("--device", default="cpu", help="of --bench, for example cuda")
     add("--batch", type=int, default=1, help="images per call of --bench")
     args = parser.parse_args()
-    if not args.photo and not args.bench or args.batch < 1:
-        parser.error("give a PHOTO, or --bench with a --batch of at least 1")
     try:
-        torch.manual_seed(0)
-        noise = F.interpolate(torch.rand(1, 3, 4, 4) * 255, 512, mode="bicubic")[0]
-        photo = read(args.photo) if args.photo else noise.clamp(0, 255).byte()
-        for size, C in [(size, C) for size in (160, 320, 512) for C in (5, 27) if args.bench]:
-            image = F.interpolate(photo[None].float(), (size, size)).byte()
-            image = image.repeat(args.batch, 1, 1, 1).to(args.device)
-            logits = torch.randn(args.batch, C, 40, 40).to(args.device)
-            logits = F.interpolate(logits, (size, size), mode="bilinear")
-            run = lambda n: dense_crf(image, logits, n).sum().item()  # item() waits for a GPU
-            build, total = (min(timeit.repeat(lambda: run(n), number=1, repeat=3)) for n in (0, 10))
-            rows.append(dict(size=size, classes=C, build=build, iteration=(total - build) / 10,
-                             total=total, images_per_second=args.batch / total))
-        lines = ["  ".join(f"{name} {x:<6.4g}" for name, x in row.items()) for row in rows]
-        if not args.bench:
-            write(args.out, before_and_after(photo).save)
-            lines = [f"wrote {args.out}: photo, before, after"]
-        if args.json:
-            write(args.json, lambda file: file.write(json.dumps(rows).encode()))
+        photo = read(args.photo) if args.photo else torch.randint(256, (3, 4, 4))
+        if args.bench:
+            bench(photo[None].float(), args.batch, args.device)
+        elif args.photo:
+            part = args.out.with_name(os.urandom(8).hex() + args.out.suffix)
+            before_and_after(photo).save(part)
+            os.replace(part, args.out)  # a link is replaced, not followed
+            print(f"wrote {args.out}: photo, before, after", flush=True)
+        else:
+            parser.error("give a PHOTO, or --bench")
+    except (BrokenPipeError, KeyboardInterrupt):  # the reader has left, `| head -1`, or Ctrl-C
+        os._exit(130)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
-    except KeyboardInterrupt:
-        parser.exit(130)
-    try:
-        print(*lines, sep="\n", flush=True)
-    except OSError:  # the reader has left, `| head -1`, or the device is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

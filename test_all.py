@@ -521,7 +521,7 @@ def test_backbones_frozen():
     refuses(ValueError, "multiple of 16", vit, torch.zeros(1, 3, 40, 32))
     for arguments, text in ((("vits9",), "did you mean 'vits8'"), (("vits16", "none", 13), "12 blocks"),
                             (("dct8", None, 2), "no blocks"), (("dct8", "a.pth"), "no weights"),
-                            (("vits16", "none", None, 7), "7 heads"), (("dinov3_vits16",), "--weights"),
+                            (("dinov3_vits16",), "--weights"),
                             (("selfpatch_vits16",), "drive.google.com")):
         refuses(ValueError, text, common.load_backbone, *arguments)
 
@@ -560,7 +560,7 @@ def test_backbones_downloads():
         target.write_bytes(wrong)
         refuses(ValueError, "has changed", ask, server)
         target.unlink()
-        refuses(OSError, "--weights", ask, server)  # no server
+        refuses(OSError, "put the file at", ask, server)  # no server
         assert not target.exists()
         with Server({"/w.pth": whole}, cut=10**6) as server:  # breaks off: never taken for a whole file
             for have in (10**6, 2 * 10**6):
@@ -586,8 +586,6 @@ def test_backbones_downloads():
         target.unlink(missing_ok=True)
         with Server({}) as server:
             refuses(OSError, "404", ask, server)
-        with Server({"/w.pth": whole}) as server:  # another length than published
-            refuses(OSError, "expected", common.download, f"{server.url}/w.pth", target, None, 7)
         assert not target.exists()
 
 
@@ -1059,7 +1057,7 @@ def test_crf_command_line():
         os.symlink("kept", "out.png")
         assert run("photo.png --out out.png") == (0, "") and Path("kept").read_text() == "as it was"
         out = Image.open("out.png")
-        assert out.width > 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
+        assert out.width == 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
         put(Path("eps.jpg"), "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
         put(Path("bomb.png"), "P6 60000 60000 255\n")
         Image.fromarray(np.ones((9, 9), np.float32)).save("float.tif")
@@ -2195,7 +2193,7 @@ def test_place_is_taken_out():
     net = common.WithoutPlace(common.load_backbone("dct8"), 32)
     place, kinds = 3 * torch.randn(24, 4, 4), torch.randn(200, 24, 4, 4)
     feats = place + kinds
-    share = net.measure(iter(feats.split(50)))
+    share = net.measure(200, feats.double().sum(0), feats.double().square().sum((0, 2, 3)), True)
     assert abs(share - 0.9) < 0.02
     left = net.less(feats)
     close(left.mean(0), left.mean((0, 2, 3))[:, None, None].expand(24, 4, 4), 1e-5)
@@ -2224,6 +2222,7 @@ def test_bad_input_is_one_line_and_exit_2():
                 f"--arch vits8 --weights {tmp}/missing.pth": "missing.pth", "--clip -1": "--clip",
                 f"--resume {tmp}/nowhere": "last.pt", f"--resume {done} --lr 1": "drop --lr",
                 f"--seed 0 --out {done}": "already holds a run", "--stps 3": "--steps",
+                f"--data {done.parent}/set --out {done.parent}": "holds the data",
                 "--steps 0": "from 1", "--device toaster": "toaster", "--lr nan": "--lr",
                 "--lr -1": "--lr", "--lr inf": "--lr", "--thresholds nan nan": "--thresholds",
                 "--seed 1e30": "--seed", "--device cuda:99": "this machine has no",
