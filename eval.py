@@ -399,6 +399,13 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     return {"linear": None, **counts, "labelled": labelled, "failed": collect(failed)}
 
 
+def tell(what, failed):
+    """A line for each image [(path, reason)] that was not "scored", ... -> exit code."""
+    for path, reason in failed:
+        common.say(f"not {what}: {path}: {reason}")
+    return 1 if failed else 0
+
+
 def collect(mine):
     """Lists of all processes -> one sorted list without doubles."""
     everyone = [mine]
@@ -528,7 +535,9 @@ def refit_clusters(run, model, images):
 
 
 # ---------------------------------------------------------------- pictures
+# each is a `stack` of others, down to `box`, a line of text
 
+FONT = ImageFont.load_default(13)
 # each as far as can be from all before it, from black, grey and white, in CIELAB; none is dark
 COLOURS = data.rgb("""
     9b1efa 1efa1e fa1e1e dabb1e fa1e9b 1efabb 1e7cfa 3d7c1e fa7c7c 1ebbfa fa9bfa 9b5c1e 9bda3d
@@ -576,103 +585,81 @@ def photo_of(item):
     return rgb.round().byte().permute(1, 2, 0).numpy()
 
 
-def thumbnail(picture, height=240, smooth=False):
+def thumbnail(picture, height, smooth=False):
     """uint8 (H,W,3), or bool (H,W) -> Pillow picture of this height."""
     image = Image.fromarray(picture)
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return image.resize((max(1, round(image.width * height / image.height)), height), how)
 
 
-def font(size):
-    return ImageFont.load_default(size)
+def box(text, width=None, colour=(255, 255, 255)):
+    """A line of text on a colour, `width` pixels wide, or as wide as the text."""
+    width = width or math.ceil(FONT.getbbox(text)[2]) + 8
+    picture = Image.new("RGB", (width, 26), tuple(map(int, colour)))
+    ink = "white" if np.dot(colour, (0.3, 0.6, 0.1)) < 128 else "black"
+    ImageDraw.Draw(picture).text((4, 13), text, ink, FONT, "lm")
+    return picture
 
 
-def text_width(text, size):
-    return math.ceil(font(size).getbbox(text)[2])
-
-
-def legend(picture, names, palette, size=14):
-    """A picture with colour swatches and names below it, in columns as wide as the longest name."""
-    column = max((text_width(name, size) for name in names), default=0) + 2 * size + 16
-    columns = max(1, min(len(names), (picture.width - 12) // column))
-    rows, step, top = -(-len(names) // columns), size + 10, picture.height
-    whole = Image.new("RGB", (max(picture.width, column + 12), top + rows * step + 12), "white")
-    whole.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(whole)
-    for i, (name, colour) in enumerate(zip(names, palette)):
-        x, y = 8 + i // rows * column, top + 8 + i % rows * step
-        draw.rectangle((x, y, x + 2 * size - 6, y + size), tuple(map(int, colour)), "black")
-        draw.text((x + 2 * size, y + size // 2), name, "black", font(size), "lm")
+def stack(pictures, down=False, gap=4):
+    """Pictures side by side, or one below the other, on white."""
+    along, place = int(down), [0, 0]
+    sizes = np.reshape([picture.size for picture in pictures], (-1, 2)).astype(int) + gap
+    size = sizes.max(0, initial=1)
+    size[along] = sizes[:, along].sum()
+    whole = Image.new("RGB", tuple(size.tolist()), "white")
+    for picture in pictures:
+        whole.paste(picture, tuple(place))
+        place[along] += picture.size[along] + gap
     return whole
 
 
-def sheet(rows, titles, names, palette, captions=()):
-    """Rows of pictures under column titles, a caption over each row, a legend below."""
-    widths = [max(text_width(title, 14), *(cell.width for cell in column))
-              for title, column in zip(titles, zip(*rows))]
-    *lefts, width = itertools.accumulate((w + 6 for w in widths), initial=6)
-    head, gap = (22, 0) if captions else (0, 6)
-    height = 24 + sum(head + max(cell.height for cell in row) + gap for row in rows)
-    picture = Image.new("RGB", (max(width, 320), height), "white")
-    draw, y = ImageDraw.Draw(picture), 24
-    for x, title in zip(lefts, titles):
-        draw.text((x, 12), title, "black", font(14), "lm")
-    for row, text in zip(rows, captions or [""] * len(rows)):
-        while text_width(text, 12) > picture.width - 12:  # the end of a path says most
-            text = "..." + text[4:]
-        draw.text((6, y + 11), text, "black", font(12), "lm")
-        for x, cell in zip(lefts, row):
-            picture.paste(cell, (x, y + head))
-        y += head + max(cell.height for cell in row) + gap
-    return legend(picture, names, palette)
+def titled(pictures):
+    """{title: picture} side by side, the titles above."""
+    return stack([stack([box(title), x], down=True) for title, x in pictures.items()])
+
+
+def legend(ids, names, palette, width=640):
+    """The names of ids on their colours, as many beside each other as fit; -1 is not labelled."""
+    texts = [[*names, "not labelled"][i] for i in ids]
+    column = max((box(text).width for text in texts), default=1)
+    boxes = [box(text, column, colour) for text, colour in zip(texts, paint(ids, palette))]
+    count = max(1, width // (column + 4))
+    rows = [stack(boxes[i:i + count]) for i in range(0, len(boxes), count)]
+    return stack(rows, down=True)
 
 
 def confusion_picture(confusion, names, title):
     """Counts (classes[+1],classes), predictions as rows -> labels as rows, in % of the row."""
     columns = [*names, "no class"][:len(names) + int(confusion[len(names):].sum() > 0)]
     counts = confusion[:len(columns)].double().cpu().T.numpy()
-    labels = [f"{name}  {x:.1f} %" for name, x in zip(names, 100 * counts.sum(1) / counts.sum())]
+    texts = [f"{name}  {x:.1%}" for name, x in zip(names, counts.sum(1) / counts.sum())]
+    left = max(box(text).width for text in texts + columns)
+    heads = [box(name, left).rotate(90, expand=True) for name in columns]
+    rows = [stack([box("", left), *heads])]
+    for text, row in zip(texts, counts / counts.sum(1, keepdims=True).clip(1)):
+        cells = [box(f"{100 * x:.0f}" if x >= 0.005 else "", 26, 255 - x * np.array([247, 191, 126]))
+                 for x in row]  # from white to dark blue
+        rows.append(stack([box(text, left), *cells]))
     note = "rows: true class and its share of the pixels; columns: prediction, % of the row"
-    cell, left = 42 if len(names) <= 12 else 30, max(text_width(x, 13) for x in labels) + 24
-    top = max(text_width(name, 13) for name in columns) + 58
-    width = max(left + cell * len(columns), text_width(title, 16), text_width(note, 12)) + 24
-    picture = Image.new("RGB", (width, top + cell * len(names) + 12), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((10, 8), title, "black", font(16))
-    draw.text((10, 32), note, "black", font(12))
-    upwards = ImageFont.TransposedFont(font(13), Image.Transpose.ROTATE_90)
-    for c, name in enumerate(columns):
-        y = top - 4 - text_width(name, 13)
-        draw.text((left + (c + 0.5) * cell - 7, y), name, "black", upwards)
-    for r, name in enumerate(labels):
-        draw.text((left - 10, top + (r + 0.5) * cell), name, "black", font(13), "rm")
-        for c, share in enumerate(counts[r] / max(counts[r].sum(), 1)):
-            x, y = left + c * cell, top + r * cell
-            shade = tuple(int(255 - share * (255 - low)) for low in (8, 64, 129))  # to dark blue
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), shade, "red" if r == c else "grey")
-            if share >= 0.005:
-                place, ink = (x + cell / 2, y + cell / 2), "white" if share > 0.5 else "black"
-                draw.text(place, f"{100 * share:.0f}", ink, font(12), "mm")
-    return picture
+    return stack([box(title), box(note), *rows], down=True)
 
 
 def samples(model, dataset, device, indices):
-    """A sheet of photo, ground truth where there are labels, and prediction as model.named says."""
+    """Photo, ground truth where there are labels, and prediction as model.named says; a legend."""
     rows, seen, (ids, names, palette) = [], set(), model.named
     for item in map(dataset.__getitem__, indices):
         found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0]
-        maps = [item["label"]] * (dataset.classes > 0) + [ids[found.cpu()]]
-        rows.append([thumbnail(photo_of(item), smooth=True),
-                     *(thumbnail(paint(x, palette)) for x in maps)])
-        seen.update(*(x.unique().tolist() for x in maps))
-    seen = sorted(seen, key=lambda i: (i < 0, i))  # the last: -1
-    names, palette = [*names, "not labelled"], np.concatenate([palette, [[0, 0, 0]]])
-    titles = ["photo", *["ground truth"] * (dataset.classes > 0), "prediction"]
-    return sheet(rows, titles, [names[i] for i in seen], palette[seen])
+        maps = {"ground truth": item["label"]} if dataset.classes else {}
+        maps["prediction"] = ids[found.cpu()]
+        row = {title: thumbnail(paint(x, palette), 240) for title, x in maps.items()}
+        rows.append(titled({"photo": thumbnail(photo_of(item), 240, smooth=True), **row}))
+        seen.update(*(x.unique().tolist() for x in maps.values()))
+    return stack([*rows, legend(sorted(seen), names, palette)], down=True)
 
 
 class Overview:
-    """One row per id: colour, name, share, and the five pictures in which it covers most, tinted.
+    """For each id its name and share, and the five pictures in which it covers most.
 
     What one needs to give names to clusters. `add` picture by picture."""
 
@@ -686,25 +673,21 @@ class Overview:
         self.pixels += pixels
         small = np.asarray(thumbnail(photo, 120, smooth=True))
         for k in pixels.nonzero()[0]:
-            share = pixels[k] / ids.size
-            if len(self.best[k]) < 5 or share > self.best[k][-1][0]:
-                inside = np.asarray(thumbnail(ids == k, 120))[..., None]
-                pale = 0.35 * small.mean(2, keepdims=True) + 150
-                tinted = np.where(inside, 0.5 * small + 0.5 * self.palette[k], pale)
-                best = [*self.best[k], (share, Image.fromarray(tinted.astype(np.uint8)))]
-                self.best[k] = sorted(best, key=lambda x: -x[0])[:5]
+            inside = np.asarray(thumbnail(ids == k, 120)).astype(int)
+            tinted = overlay(small, inside, [(255, 255, 255), self.palette[k]])
+            best = [*self.best[k], (pixels[k] / ids.size, Image.fromarray(tinted))]
+            self.best[k] = sorted(best, key=lambda x: -x[0])[:5]
 
     def share(self):
         """Percent of all pixels that each id covers."""
         return (100 * self.pixels / max(self.pixels.sum(), 1)).tolist()
 
     def picture(self):
-        rows, captions, blank = [], [], Image.new("RGB", (1, 120), "white")
+        rows = []
         for k in np.argsort(-self.pixels, kind="stable"):
-            swatch = Image.new("RGB", (40, 120), tuple(map(int, self.palette[k])))
-            rows.append(([swatch, *(cell for _, cell in self.best[k])] + 5 * [blank])[:6])
-            captions.append(f"id {k}: {self.names[k]}, {self.share()[k]:.1f} % of all pixels")
-        return sheet(rows, ["", "covers most of", "", "", "", ""], [], [], captions)
+            text = f"id {k}: {self.names[k]}, {self.share()[k]:.1f} % of all pixels"
+            rows += [box(text, 640, self.palette[k]), stack([cell for _, cell in self.best[k]])]
+        return stack(rows, down=True)
 
 
 def write_png(path, picture):
@@ -835,7 +818,8 @@ def write_report(folder, model, val, device, result, rows, paths, prefix=""):
         pictures["confusion.png"] = confusion_picture(matched(counts, assignment), val.names, title)
     else:
         overview = Overview(names, palette)
-        for photo, error in map(readable, [paths[i] for i in evenly(100, len(paths))]):
+        for i in evenly(100, len(paths)):
+            photo, error = data.attempt(data.read_image, paths[i])
             if not error:
                 overview.add(np.array(photo), segment_image(model, photo))
         pictures["overview.png"] = overview.picture()
@@ -1001,57 +985,50 @@ def score_run(folder, options, device):
 
 # ---------------------------------------------------------------- your own pictures
 
-def readable(file):
-    """Image file -> Pillow picture, why it cannot be read."""
-    try:
-        return data.read_image(str(file)), ""
-    except Exception as error:  # Pillow raises nearly anything, and the other files must go on
-        return None, data.describe(error)
-
-
-def list_inputs(paths, out):
+def list_inputs(paths):
     """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
 
     a.jpg and a.png beside each other give a.jpg.png and a.png.png, legend.jpg gives legend.jpg.png.
-    ValueError or FileNotFoundError: no image, or results would lie among the photos."""
+    FileNotFoundError where there is no image."""
     found, several = [], sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"--images {path} does not exist")
-        if path.is_file():
-            found.append((path, Path(path.name)))
-        else:
+        if path.is_dir():
             at = Path(path.resolve().name if several else "")
             found += [(path / name, at / name) for name in data.list_images(path)]
+        elif path.exists():
+            found.append((path, Path(path.name)))
+        else:
+            raise FileNotFoundError(f"--images {path} does not exist")
     if not found:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
-    for file, _ in found:
-        if out.resolve() in file.resolve().parents:
-            raise ValueError(f"{file} lies in --out {out}: results need a folder of their own")
     stems = collections.Counter(name.with_suffix("") for _, name in found)
     stems.update(map(Path, ("legend", "overview", "contact")))  # taken
     return [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
             for file, name in found]
 
 
-def claim(out, names):
-    """Note in OUT/.segmented which files are ours; ValueError where one was there before."""
+def claim(out, inputs):
+    """Make OUT a folder of results, marked by .segmented; one of ours is written over.
+
+    ValueError where it holds anything else, or where two `list_inputs` have one result."""
     mark = out / ".segmented"
-    ours = set(json.loads(mark.read_bytes())) if mark.is_file() else set()
-    for name, count in collections.Counter(names).items():
-        if count > 1 or (out / name).exists() and name not in ours:
-            raise ValueError(f"{out / name} would be written {'twice' if count > 1 else 'over'}; "
-                             "choose another --out, or fewer --images at a time")
-    common.write(mark, json.dumps(sorted({*ours, *names})).encode())
+    if out.exists() and any(out.iterdir()) and not mark.exists() or any(
+            out.resolve() in file.resolve().parents for file, _ in inputs):
+        raise ValueError(f"{out} holds other files: results need a folder of their own, a new one")
+    results = collections.Counter(f"{name}{end}" for _, name in inputs for end in ("", "_overlay"))
+    for name, count in results.items():
+        if count > 1:
+            raise ValueError(f"{out / name}.png would be written twice; take fewer --images")
+    common.write(mark, b"")
 
 
 def segment(folder, options, device):
     """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
 
     Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png,
-    legend.txt (id, name, share of the pixels) and overview.png. Several --clusters: contact.png and
-    overviews alone. An unreadable file is listed, and the exit code is 1."""
-    out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
+    legend.txt (id, name, share of the pixels), overview.png and contact.png. Several --clusters:
+    contact.png and overviews alone. An unreadable file is listed, and the exit code is 1."""
+    out, inputs = Path(options.out), list_inputs(options.images)
     model, args, _ = load_run(folder, device, options.root, options.weights)
     probes, named = {"": model.cluster}, {"": model.named}
     if options.head == "linear":
@@ -1073,50 +1050,46 @@ def segment(folder, options, device):
         names, named = given, {key: (ids, given, palette) for key in named}
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
+    claim(out, [] if several else inputs)
     overviews = {key: Overview(*entry[1:]) for key, entry in named.items()}
-    sheets = {key: f"overview-{key}.png" if several else "overview.png" for key in named}
-    each = [f"{name}{end}.png" for _, name in inputs for end in ("", "_overlay")]
-    each = ["contact.png"] if several else ["legend.png", "legend.txt", *each]
-    claim(out, [*sheets.values(), *each])
     failed, rows, shown = [], [], evenly(12, len(inputs))
     size = 0 if options.tile and options.size is None else options.size
     for number, (file, name) in enumerate(tqdm(inputs, "segmentation", leave=False)):
-        picture, error = readable(file)
+        picture, error = data.attempt(data.read_image, str(file))
         if error:
             failed.append((file, error))
             continue
-        found = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
-        photo, row = np.array(picture), []
+        maps = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
+        row = {"photo": np.array(picture)}
         for key, (ids, _, palette) in named.items():
-            found[key] = ids.numpy()[found[key]]
-            overviews[key].add(photo, found[key])
-            row.append(overlay(photo, found[key], palette))
-        if several and number in shown:
-            rows.append([thumbnail(x, 160, smooth=True) for x in (photo, *row)])
-        if not several:
-            result = Image.fromarray(found[key].astype(np.uint8))
-            result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
-            write_png(out / f"{name}.png", result)
-            tinted, seen = Image.fromarray(row[0]), np.unique(found[key])
-            if options.legend:
-                tinted = legend(tinted, [names[k] for k in seen], palette[seen])
-            write_png(out / f"{name}_overlay.png", tinted)
+            found = ids.numpy()[maps[key]]
+            overviews[key].add(row["photo"], found)
+            row[f"{len(ids)} clusters"] = tinted = overlay(row["photo"], found, palette)
+        if number in shown:
+            rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
+        if several:
+            continue
+        result, tinted = Image.fromarray(found.astype(np.uint8)), Image.fromarray(tinted)
+        result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
+        write_png(out / f"{name}.png", result)
+        if options.legend:
+            entries = legend(np.unique(found), names, palette, tinted.width)
+            tinted = stack([tinted, entries], down=True)
+        write_png(out / f"{name}_overlay.png", tinted)
     for key, overview in overviews.items():
-        write_png(out / sheets[key], overview.picture())
-    if several:
-        titles = ["photo", *(f"{number} clusters" for number in named)]
-        write_png(out / "contact.png", sheet(rows, titles, names, palette))
-    else:
-        entries = [(k, name, x) for k, (name, x) in enumerate(zip(names, overview.share()))]
-        text = "".join(f"{k}\t{name}\t{x:.2f} %\n" for k, name, x in entries)
-        common.write(out / "legend.txt", text.encode())
-        entries = [f"{k}: {name}, {x:.1f} %" for k, name, x in entries]
-        write_png(out / "legend.png", legend(Image.new("RGB", (640, 1), "white"), entries, palette))
-    for file, error in failed:
-        common.say(f"not segmented: {file}: {error}")
+        end = f"-{key}" * several
+        write_png(out / f"overview{end}.png", overview.picture())
+    rows.append(legend(range(len(names)), names, palette))
+    write_png(out / "contact.png", stack(rows, down=True))
+    if not several:
+        shares = overview.share()
+        lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, shares))]
+        common.write(out / "legend.txt", "".join(lines).encode())
+        texts = [f"{k}: {name}, {x:.1f} %" for k, (name, x) in enumerate(zip(names, shares))]
+        write_png(out / "legend.png", legend(range(len(names)), texts, palette))
     print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; look at "
           + ("contact.png" if several else "overview.png, and name the ids with --names FILE"))
-    return 1 if failed else 0
+    return tell("segmented", failed)
 
 
 # ---------------------------------------------------------------- a look inside
@@ -1134,16 +1107,14 @@ def embed(model, dataset, folder, device):
         name = os.path.relpath(item["path"], root) + ".npy"
         common.write(Path(folder) / name, buffer.getbuffer())
     failed = collect(failed)
-    for path, reason in failed:
-        common.say(f"not embedded: {path}: {reason}")
     common.say(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {folder}")
-    return 1 if failed else 0
+    return tell("embedded", failed)
 
 
 def principal_colours(x):
     """Map (K,h,w) -> uint8 (h,w,3): its first three principal components as red, green, blue."""
     pixels = x.flatten(1).T - x.mean((1, 2))  # (n,K)
-    rgb = pixels @ torch.linalg.eigh(pixels.T @ pixels)[1].flip(1)[:, :3]  # the largest first
+    rgb = pixels @ torch.linalg.svd(pixels, full_matrices=False)[2][:3].T
     low, high = rgb.quantile(torch.tensor([0.02, 0.98]), 0)
     rgb = 255 * ((rgb - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
     return rgb.byte().view(*x.shape[1:], 3).numpy()
@@ -1158,16 +1129,16 @@ def path_picture(model, item, device):
     image, label = item["image"][None].to(device), item["label"]
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
     code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
-    stations = [("image", item["image"], photo_of(item)),
-                ("features", feats, principal_colours(feats)),
-                ("code", code, principal_colours(code)),
-                ("clusters", found, paint(found, distinct(len(ids)))),
-                ("classes", found, paint(ids[found], palette)),
-                ("ground truth", label, paint(label, palette))]
-    seen = sorted({*ids[found].unique().tolist(), *label.unique().tolist()} - {-1})
-    titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
-    return sheet([[thumbnail(picture, 180) for *_, picture in stations]], titles,
-                 [names[i] for i in seen], palette[seen])
+    stations = {"image": (item["image"], photo_of(item)),
+                "features": (feats, principal_colours(feats)),
+                "code": (code, principal_colours(code)),
+                "clusters": (found, paint(found, distinct(len(ids)))),
+                "classes": (found, paint(ids[found], palette)),
+                "ground truth": (label, paint(label, palette))}
+    row = {f"{title} {'x'.join(map(str, x.shape))}": thumbnail(picture, 180)
+           for title, (x, picture) in stations.items()}
+    seen = np.unique(np.concatenate([ids[found], label], None))
+    return stack([titled(row), legend(seen, names, palette, 1000)], down=True)
 
 
 # ---------------------------------------------------------------- the authors' checkpoints
