@@ -20,6 +20,7 @@ Letters: B images, H W pixels, h w patches, D backbone width, K code width, C cl
 import argparse
 import collections
 import contextlib
+import hashlib
 import importlib
 import io
 import itertools
@@ -477,22 +478,18 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, 
 def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, workers=0, steps=100):
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
 
-    It starts as the logistic regression of sampled cells, features (n,D), labels (n,), -1 = none,
+    It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
     and goes on by STEGO's recipe in whole passes, `steps` at least: Adam at 5e-3, here falling to
     0, 16 images a step, cross-entropy of logits upsampled to the labels. The problem is convex."""
-    known = labels >= 0
-    mean, deviation = features[known].mean(0), features[known].std(0).clamp(min=1e-6)
-    x = (features[known] - mean) / deviation
+    x, y = features[labels >= 0], labels[labels >= 0]
+    mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x, one_hot = (x - mean) / deviation, F.one_hot(y, dataset.classes).float()
+    means = one_hot.T @ x / one_hot.sum(0)[:, None].clamp(min=1)  # (C,D) of the classes
+    within = (x - means[y]).T.cov(correction=0) + 1e-4 * torch.eye(x.shape[1], device=x.device)
+    weight = torch.linalg.solve(within, means.T).T
     probe = LinearProbe(len(mean), dataset.classes).to(device)
-    start = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        start.zero_grad()
-        logits = F.linear(x, probe.weight[:, :, 0, 0], probe.bias)
-        loss = F.cross_entropy(logits, labels[known]) + 1e-4 * probe.weight.square().sum()
-        loss.backward()
-        return loss
-    start.step(closure)
+    probe.weight.data[:, :, 0, 0] = weight
+    probe.bias.data = one_hot.mean(0).clamp(min=1e-6).log() - (weight * means).sum(1) / 2
     mean, deviation = mean[:, None, None], deviation[:, None, None]
     adam = torch.optim.Adam(probe.parameters(), 5e-3)
     generator = torch.Generator().manual_seed(seed)
@@ -717,46 +714,69 @@ def rows_of(result, val, votes=None, suffix=""):
     return rows
 
 
+def seal(content):
+    """A hash of all that a scores.json holds, by which it is known to be whole and ours."""
+    content = {key: x for key, x in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def saved_scores(path):
+    """What a scores.json holds, {} where there is none. ValueError: it is not as we wrote it."""
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_bytes())
+        whole = saved["seal"] == seal(saved)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
+    return saved
+
+
 def score_table(rows, names):
-    """Text table of {title: scores}: per-class IoU and precision, mIoU and accuracy, in percent."""
+    """{title: row of scores.json} -> text: per-class IoU and precision, mIoU, accuracy, in percent."""
     if len(rows) > 4:  # as wide as a terminal
         parts = list(rows.items())
         return score_table(dict(parts[:4]), names) + "\n\n" + score_table(dict(parts[4:]), names)
     left, wide = max(8, *map(len, names)), [max(18, len(title) + 2) for title in rows]
-    pixels = next(iter(rows.values()))["pixels"].double()
+    pixels = next(iter(rows.values()))["pixels"]
 
     def percent(x):
-        return f"{100 * x:6.1f}" if math.isfinite(x) else "     -"
+        return "     -" if x is None else f"{100 * x:6.1f}"
 
     def line(name, share, cells):
         return f"{name:{left}} {share:>8}" + "".join(f"{x:>{w}}" for x, w in zip(cells, wide))
     lines = [line("", "", rows), line("", "pixels %", ["IoU  precision"] * len(rows))]
     for i, name in enumerate(names):
         cells = [f"{percent(r['iou'][i])}   {percent(r['precision'][i])}" for r in rows.values()]
-        lines.append(line(name, percent(pixels[i] / pixels.sum()), cells))
-    lines += [line(name, "", [percent(r[key]) + " " * 9 for r in rows.values()])
-              for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"))]
+        lines.append(line(name, percent(pixels[i] / max(sum(pixels), 1)), cells))
+    for name, key in (("mIoU", "miou"), ("accuracy", "accuracy")):
+        lines.append(line(name, "", [percent(r[key]) + " " * 9 for r in rows.values()]))
     return "\n".join([*lines, "-: in neither labels nor prediction, not averaged; never predicted"])
 
 
-def saved_scores(path):
-    """What a scores.json holds, {} where there is none. ValueError: it is none of ours."""
-    try:
-        saved = json.loads(path.read_bytes()) if path.exists() else {}
-        rows = [row for row in saved.values() if isinstance(row, dict) and "iou" in row]
-        shares = [x for row in rows for x in (row["miou"], row["accuracy"], *row["iou"])]
-        good = not saved or len(saved["names"]) == len(saved["palette"]) and all(
-            [isinstance(name, str) for name in saved["names"] + saved["classes"]]
-            + [len(bytes(colour)) == 3 for colour in saved["palette"]]
-            + [k in range(len(saved["names"])) for k in saved["matching"]]
-            + [x is None or 0 <= x <= 1 for x in shares]
-            + [len(row[key]) == len(saved["classes"]) for row in rows
-               for key in ("iou", "precision", "pixels")])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
-    return saved
+def runs_table(found):
+    """[(folder, options, rows)] -> a Markdown line per run, mean and deviation over the seeds."""
+    local = {"seed", "root", "cache_features", *common.ONLY_TYPED}
+    columns = list(dict.fromkeys(key for *_, rows in found for key in rows))
+    lines = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
+    groups = collections.defaultdict(dict)  # {options but the seed: {seed: numbers}}
+    for folder, args, rows in found:
+        cells = [rows.get(key, {"miou": None, "accuracy": None}) for key in columns]
+        numbers = 100 * np.array([(cell["miou"], cell["accuracy"]) for cell in cells], float)
+        lines.append([str(folder), *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
+        kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
+        if args.seed in groups[kind]:
+            common.say(f"{folder} has the seed of another run: it does not count in the mean")
+        groups[kind].setdefault(args.seed, numbers)
+    for runs in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
+        both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
+        lines.append([f"mean of {len(runs)} seeds",
+                      *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def evenly(count, total):
@@ -779,7 +799,7 @@ def finish(run, model, images, val, encode=None, more=None):
     run.keep(model=model)
     run.save(done=True)
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else 0
-    result = evaluate(model, val, run.device, workers=run.args.workers) | {"seconds": seconds}
+    result = evaluate(model, val, run.device, workers=run.args.workers)
     rows = rows_of(result, val)
     if val.classes:
         encode = encode or model.backbone
@@ -787,33 +807,34 @@ def finish(run, model, images, val, encode=None, more=None):
         rows["kmeans"] = scores(matched(raw, hungarian(raw)))
     rows |= {title: scores(counts) for title, counts in (more or {}).items()}
     paths = sorted({*images.paths, *val.paths})
-    write_report(run.folder, model, val, run.device, result, rows, paths)
-    return 1 if result["failed"] else 0
+    write_report(run.folder, model, val, result, {**rows, "seconds": seconds}, paths)
+    return tell("scored", result["failed"])
 
 
-def write_report(folder, model, val, device, result, rows, paths, prefix=""):
-    """Process 0 writes scores.json and pictures, then prints the table.
+def write_report(folder, model, val, result, found, paths, prefix=""):
+    """Process 0 writes scores.json and pictures, then prints the table -> its rows.
 
-    Rows of other commands stay as long as the weights are the same. paths: the photos that
-    overview.png chooses from where there are no labels."""
+    found: rows and what else scores.json shall hold. What it held stays, as long as the weights are
+    the same. paths: the photos that overview.png chooses from where there are no labels."""
     if common.rank() > 0:
-        return
-    counts = result["cluster"]
+        return {}
+    counts, device = result["cluster"], model.cluster.clusters.device
     assignment = hungarian(counts) if val.classes else torch.full((len(counts),), -1)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
     path, weights = folder / f"{prefix}scores.json", common.digest(model)
     before = saved_scores(path)
     before = before if before.get("weights") == weights else {}
-    facts = {key: result[key] for key in ("labelled", "failed", "seconds") if key in result}
-    content = {**before, **facts, **rows, "images": len(val), "classes": val.names,
-               "names": names, "palette": palette.tolist(), "matching": ids, "weights": weights,
-               "versions": common.versions(torch.device(device))}
+    content = {**before, **found, "images": len(val), "labelled": result["labelled"],
+               "failed": result["failed"], "classes": val.names, "names": names,
+               "palette": palette.tolist(), "matching": ids, "weights": weights,
+               "versions": common.versions(device)}
     text = json.dumps(content, default=torch.Tensor.tolist)
     content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    content["seal"] = seal(content)
     common.write(path, json.dumps(content, indent=1).encode())
     pictures = {"samples.png": samples(model, val, device, evenly(4, len(val)))}
-    if rows:
+    if val.classes:
         title = f"{val.name} {val.split}: clusters, named by Hungarian matching"
         pictures["confusion.png"] = confusion_picture(matched(counts, assignment), val.names, title)
     else:
@@ -825,36 +846,14 @@ def write_report(folder, model, val, device, result, rows, paths, prefix=""):
         pictures["overview.png"] = overview.picture()
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
-    for file, reason in result["failed"]:
-        common.say(f"not scored: {file}: {reason}")
+    rows = {key: x for key, x in content.items()
+            if isinstance(x, dict) and "iou" in x and key in {*found, "kmeans"}}
     print(f"\n{val.name} {val.split}: {len(val) - len(result['failed'])} images, "
           f"{result['labelled']} of them with labels")
     print(score_table({TITLES.get(key, key): x for key, x in rows.items()}, val.names) if rows
           else "no labels, hence no scores; overview.png shows what was found")
     print("wrote " + ", ".join(str(folder / (prefix + x)) for x in ["scores.json", *pictures]))
-
-
-def runs_table(folders, found):
-    """A Markdown line per run, then mean and deviation over the seeds of each configuration."""
-    local = "seed out device workers resume save_every cache_features root compile json".split()
-    columns = list(dict.fromkeys(key for _, rows in found for key in rows))
-    lines = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
-    groups = collections.defaultdict(dict)  # {options but the seed: {seed: numbers}}
-    for folder, (args, rows) in zip(folders, found):
-        cells = [rows.get(key, {"miou": math.nan, "accuracy": math.nan}) for key in columns]
-        numbers = 100 * np.array([(cell["miou"], cell["accuracy"]) for cell in cells])
-        lines.append([str(folder), *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
-        kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
-        if args.seed in groups[kind]:
-            common.say(f"{folder} has the seed of another run: it does not count in the mean")
-        groups[kind].setdefault(args.seed, numbers)
-    for runs in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
-        both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
-        lines.append([f"mean of {len(runs)} seeds",
-                      *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return rows
 
 
 # ---------------------------------------------------------------- runs
@@ -886,7 +885,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
     found, clusters = saved_scores(Path(folder) / "scores.json"), len(model.cluster.clusters)
     model.eval_size = getattr(args, "eval_size", args.size)
     model.named = naming(torch.full((clusters,), -1), [], [])
-    if found.get("weights") == common.digest(model) and len(found["matching"]) == clusters:
+    if found.get("weights") == common.digest(model):
         palette = np.array(found["palette"], np.uint8)
         model.named = torch.tensor(found["matching"]), found["names"], palette
     return model.to(device).eval(), args, checkpoint
@@ -960,27 +959,22 @@ def score_run(folder, options, device):
         probes = {**own, **probes}
     else:
         model.cluster = probes["cluster"] = probes.pop(next(iter(probes)))
-    result = evaluate(model, val, device, False, False, options.batch_size, options.workers,
-                      probes=probes)
-    rows = rows_of(result, val, votes)
+    result, rows = {}, {}
+    for flip, crf in sorted({(False, False), (options.flip, options.crf)}):
+        suffix = " + flip" * flip + " + CRF" * crf
+        counts = evaluate(model, val, device, flip, crf, options.batch_size, options.workers,
+                          suffix[3:] or "evaluation", probes)
+        result = result or counts
+        rows |= rows_of(counts, val, votes, suffix)
     if not folder:
         rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
-    if options.flip or options.crf:
-        suffix = " + flip" * options.flip + " + CRF" * options.crf
-        more = evaluate(model, val, device, options.flip, options.crf, options.batch_size,
-                        options.workers, suffix[3:], probes)
-        rows |= rows_of(more, val, votes, suffix)
-    out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
     split = "" if options.split == "val" else options.split
     parts = [val.name * other, split, options.size, options.protocol]
     prefix = "".join(re.sub(r"[^\w.]", "_", str(part)) + "-" for part in parts if part)
-    before = saved_scores(out / f"{prefix}scores.json")
-    if folder and "kmeans" in before and before.get("weights") == common.digest(model):
-        rows["kmeans"] = {key: torch.from_numpy(np.array(x, float))  # measured when training ended
-                          for key, x in before["kmeans"].items()}
+    out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
-    write_report(out, model, val, device, result, rows, paths, prefix)
-    return args, rows, 1 if result["failed"] else 0
+    rows = write_report(out, model, val, result, rows, paths, prefix)
+    return args, rows, tell("scored", result["failed"])
 
 
 # ---------------------------------------------------------------- your own pictures
@@ -1316,7 +1310,7 @@ def run(options):
         return 0
     found = [score_run(folder, options, device) for folder in options.runs or [None]]
     if common.rank() == 0 and len(found) > 1:
-        print("\n" + runs_table(options.runs, [(args, rows) for args, rows, _ in found]))
+        print("\n" + runs_table([(folder, *x[:2]) for folder, x in zip(options.runs, found)]))
     return max(code for *_, code in found)
 
 
