@@ -235,28 +235,24 @@ def encode(model, images, flip=False, tile=None):
         return model(images).float()
     tops, rows = tiles(height, tile, patch_of(model))
     lefts, columns = tiles(width, tile, patch_of(model))
-    total = weight = None
+    total = None
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
-        cell = rows // code.shape[-2]  # pixels per cell of the code
-        hat = torch.outer(*(torch.bartlett_window(n + 2)[1:-1] for n in code.shape[-2:])).to(code)
+        h, w = code.shape[-2:]
+        cell = rows // h  # pixels per cell of the code
+        hat = torch.outer(*(torch.bartlett_window(n + 2)[1:-1] for n in (h, w))).to(code)
+        code = torch.cat([code, torch.ones_like(code[:, :1])], 1) * hat  # little at a cut
         if total is None:
             total = code.new_zeros(*code.shape[:2], height // cell, width // cell)
-            weight = code.new_zeros(height // cell, width // cell)
-        place = (..., slice(top // cell, (top + rows) // cell),
-                 slice(left // cell, (left + columns) // cell))
-        total[place] += code * hat  # little weight at a cut, where context is missing
-        weight[place] += hat
-    return total / weight
+        total[..., top // cell:, left // cell:][..., :h, :w] += code
+    return total[:, :-1] / total[:, -1:]
 
 
 def tiles(side, tile, patch):
-    """Starts (multiples of the patch) and length of one side's tiles; they overlap by a quarter."""
+    """Starts and length of one side's tiles, in whole patches; they overlap by a quarter."""
     length = min(side, max(tile // patch, 4) * patch)
-    last = side - length
-    count = -(-last // max(patch, length * 3 // 4)) + 1
-    starts = {last * i // max(count - 1, 1) // patch * patch for i in range(count)}
-    return sorted(starts | {last}), length
+    step = length // patch * 3 // 4 * patch or patch
+    return [*range(0, side - length, step), side - length], length
 
 
 def upsample(x, size, shape):
@@ -382,19 +378,18 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     classes, labelled, failed = max(dataset.classes, 1), 0, []
     probes = {name: probe for name, probe in (probes or probes_of(model)).items()
               if dataset.classes or hasattr(probe, "clusters")}
-    rows = {name: len(getattr(probe, "clusters", range(classes))) for name, probe in probes.items()}
-    counts = {name: torch.zeros(n, classes, dtype=torch.long, device=device)
-              for name, n in rows.items()}
+    counts = {name: torch.zeros(len(getattr(probe, "clusters", range(classes))), classes,
+                                dtype=torch.long, device=device) for name, probe in probes.items()}
     for items in batches(dataset, batch_size, workers, what):
         failed += [(item["path"], item["error"]) for item in items if item["error"]]
         for batch in same_size(items):
             label = batch["label"].to(device)
             label = label if dataset.classes else torch.zeros_like(label)
             labelled += int((label >= 0).flatten(1).any(1).sum()) * (dataset.classes > 0)
-            image = batch["image"].to(device)
-            found = predict(model, image, label.shape[-2:], flip, crf, probes=probes)
+            found = predict(model, batch["image"].to(device), label.shape[-2:], flip, crf,
+                            probes=probes)
             for name, pred in found.items():
-                counts[name] += confusion_matrix(pred, label, rows[name], classes)
+                counts[name] += confusion_matrix(pred, label, len(counts[name]), classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
     labelled = common.reduce_sum(torch.full((), labelled, device=device)).item()
     return {"linear": None, **counts, "labelled": labelled, "failed": collect(failed)}
@@ -456,7 +451,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
 
-    -> {number: ClusterProbe}, {number: class of each cluster by majority, where there are labels},
+    -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
     features (n,D) of at most 2^17 cells of `images` images, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(160, 2 ** 17 // images))
@@ -467,11 +462,12 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, 
         centres = kmeans(features, number, seed=seed)
         if common.world() > 1:
             dist.broadcast(centres, 0)  # the same to the last bit
-        probes[number] = ClusterProbe(*centres.T.shape)
-        probes[number].clusters.data = centres
+        probes[f"{number} clusters"] = probe = ClusterProbe(*centres.T.shape)
+        probe.clusters.data = centres
         if (labels >= 0).any():
             nearest = torch.cat([(x @ centres.T).argmax(1) for x in features.split(16384)])
-            votes[number] = majority(confusion_matrix(nearest, labels, number, dataset.classes))
+            counts = confusion_matrix(nearest, labels, number, dataset.classes)
+            votes[f"{number} clusters"] = majority(counts)
     return probes, votes, features, labels
 
 
@@ -517,7 +513,7 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> (clusters,classes) on val."""
     probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed)[0]
-    model = Clustered(encoder, patch, probes[clusters])
+    model = Clustered(encoder, patch, *probes.values())
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
 
 
@@ -528,7 +524,7 @@ def refit_clusters(run, model, images):
     model.eval()
     number = len(model.cluster.clusters)
     probes = clusterings(model, images, run.device, [number], patch_of(model), run.args.seed)[0]
-    model.cluster.clusters.data.copy_(probes[number].clusters)
+    model.cluster.load_state_dict(probes[f"{number} clusters"].state_dict())
 
 
 # ---------------------------------------------------------------- pictures
@@ -635,8 +631,8 @@ def confusion_picture(confusion, names, title):
     heads = [box(name, left).rotate(90, expand=True) for name in columns]
     rows = [stack([box("", left), *heads])]
     for text, row in zip(texts, counts / counts.sum(1, keepdims=True).clip(1)):
-        cells = [box(f"{100 * x:.0f}" if x >= 0.005 else "", 26, 255 - x * np.array([247, 191, 126]))
-                 for x in row]  # from white to dark blue
+        blue = [255 - x * np.array([247, 191, 126]) for x in row]  # the more, the darker
+        cells = [box(f"{100 * x:.0f}" if x >= 0.005 else "", 26, y) for x, y in zip(row, blue)]
         rows.append(stack([box(text, left), *cells]))
     note = "rows: true class and its share of the pixels; columns: prediction, % of the row"
     return stack([box(title), box(note), *rows], down=True)
@@ -734,30 +730,30 @@ def saved_scores(path):
     return saved
 
 
+def percent(x):
+    return "-" if x is None else f"{100 * x:.1f}"
+
+
+def aligned(lines):
+    """Lists of cells -> text; the first column is flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+                     for line in lines)
+
+
 def score_table(rows, names):
-    """{title: row of scores.json} -> text: per-class IoU and precision, mIoU, accuracy, in percent."""
-    if len(rows) > 4:  # as wide as a terminal
-        parts = list(rows.items())
-        return score_table(dict(parts[:4]), names) + "\n\n" + score_table(dict(parts[4:]), names)
-    left, wide = max(8, *map(len, names)), [max(18, len(title) + 2) for title in rows]
+    """{title: row of scores.json} -> text: IoU of each class, mIoU and accuracy, in percent."""
     pixels = next(iter(rows.values()))["pixels"]
-
-    def percent(x):
-        return "     -" if x is None else f"{100 * x:6.1f}"
-
-    def line(name, share, cells):
-        return f"{name:{left}} {share:>8}" + "".join(f"{x:>{w}}" for x, w in zip(cells, wide))
-    lines = [line("", "", rows), line("", "pixels %", ["IoU  precision"] * len(rows))]
-    for i, name in enumerate(names):
-        cells = [f"{percent(r['iou'][i])}   {percent(r['precision'][i])}" for r in rows.values()]
-        lines.append(line(name, percent(pixels[i] / max(sum(pixels), 1)), cells))
-    for name, key in (("mIoU", "miou"), ("accuracy", "accuracy")):
-        lines.append(line(name, "", [percent(r[key]) + " " * 9 for r in rows.values()]))
-    return "\n".join([*lines, "-: in neither labels nor prediction, not averaged; never predicted"])
+    columns = [[n / max(sum(pixels), 1) for n in pixels], *(row["iou"] for row in rows.values())]
+    lines = [["IoU, %", "pixels", *(TITLES.get(key, key) for key in rows)]]
+    lines += [[name, *map(percent, cells)] for name, *cells in zip(names, *columns)]
+    for name in ("mIoU", "accuracy"):
+        lines.append([name, "", *(percent(row[name.lower()]) for row in rows.values())])
+    return aligned(lines) + "\n-: in neither labels nor prediction, not averaged"
 
 
 def runs_table(found):
-    """[(folder, options, rows)] -> a Markdown line per run, mean and deviation over the seeds."""
+    """[(folder, options, rows)] -> a line per run, then mean and deviation over the seeds."""
     local = {"seed", "root", "cache_features", *common.ONLY_TYPED}
     columns = list(dict.fromkeys(key for *_, rows in found for key in rows))
     lines = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
@@ -765,7 +761,7 @@ def runs_table(found):
     for folder, args, rows in found:
         cells = [rows.get(key, {"miou": None, "accuracy": None}) for key in columns]
         numbers = 100 * np.array([(cell["miou"], cell["accuracy"]) for cell in cells], float)
-        lines.append([str(folder), *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
+        lines.append([folder, *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
         kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
         if args.seed in groups[kind]:
             common.say(f"{folder} has the seed of another run: it does not count in the mean")
@@ -774,9 +770,7 @@ def runs_table(found):
         both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
         lines.append([f"mean of {len(runs)} seeds",
                       *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return aligned(lines)
 
 
 def evenly(count, total):
@@ -850,7 +844,7 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
             if isinstance(x, dict) and "iou" in x and key in {*found, "kmeans"}}
     print(f"\n{val.name} {val.split}: {len(val) - len(result['failed'])} images, "
           f"{result['labelled']} of them with labels")
-    print(score_table({TITLES.get(key, key): x for key, x in rows.items()}, val.names) if rows
+    print(score_table(rows, val.names) if rows
           else "no labels, hence no scores; overview.png shows what was found")
     print("wrote " + ", ".join(str(folder / (prefix + x)) for x in ["scores.json", *pictures]))
     return rows
@@ -918,7 +912,7 @@ def fitted(model, options, args, val, device, method):
     --clusters on the code; on another data set, and for a raw backbone, a linear model as well,
     ViCE's own for a run of ViCE or with --filters."""
     raw, other = method is None, options.data not in (None, args.data)
-    own = None if raw else getattr(importlib.import_module(method), "fit_linear", None)
+    own = method and getattr(importlib.import_module(method), "fit_linear", None)
     if options.filters and not own:
         raise ValueError(f"--filters: {method}.py has no linear model with filters")
     numbers = options.clusters or [val.classes or 27] * (other or raw)
@@ -928,8 +922,6 @@ def fitted(model, options, args, val, device, method):
     images = len(train) if raw else 4000
     probes, votes, codes, labels = clusterings(
         model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
-    probes = {f"{number} clusters": probe for number, probe in probes.items()}
-    votes = {f"{number} clusters": classes for number, classes in votes.items()}
     if options.filters or other and own:
         filters = options.filters or args.filters
         probes[f"linear, {filters} filters"] = own(model, train, filters, args)
@@ -1024,24 +1016,27 @@ def segment(folder, options, device):
     contact.png and overviews alone. An unreadable file is listed, and the exit code is 1."""
     out, inputs = Path(options.out), list_inputs(options.images)
     model, args, _ = load_run(folder, device, options.root, options.weights)
-    probes, named = {"": model.cluster}, {"": model.named}
+    probes, named = {"clusters": model.cluster}, {"clusters": model.named}
     if options.head == "linear":
         classes = saved_scores(Path(folder) / "scores.json").get("classes")
         if model.linear is None or not classes:
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
         palette = model.named[2][:len(classes)]
-        probes, named = {"": model.linear}, {"": (torch.arange(len(classes)), classes, palette)}
+        probes = {"classes": model.linear}
+        named = {"classes": (range(len(classes)), classes, palette)}
     if options.clusters:
         train = load_data(options, args, "train", model)
         probes = clusterings(model, train, device, options.clusters, patch_of(model), args.seed,
                              4000)[0]
-        named = {number: naming(torch.full((number,), -1), [], []) for number in probes}
-    (ids, names, palette), several = named[max(named)], len(probes) > 1
+        named = {key: naming(-torch.ones(len(probe.clusters)).long(), [], [])
+                 for key, probe in probes.items()}
+    key, several = max(named, key=lambda key: len(named[key][1])), len(named) > 1
+    ids, names, palette = named[key]
     if options.names:
-        given = data.read_lines(Path(options.names))
-        if several or len(given) != len(names):
-            raise ValueError(f"{options.names} holds {len(given)} names for {len(names)} ids")
-        names, named = given, {key: (ids, given, palette) for key in named}
+        names = data.read_lines(Path(options.names))
+        if several or len(names) != len(palette):
+            raise ValueError(f"{options.names} holds {len(names)} names for {len(palette)} ids")
+        named = {key: (ids, names, palette)}
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
     claim(out, [] if several else inputs)
@@ -1056,14 +1051,14 @@ def segment(folder, options, device):
         maps = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
         row = {"photo": np.array(picture)}
         for key, (ids, _, palette) in named.items():
-            found = ids.numpy()[maps[key]]
+            found = np.asarray(ids)[maps[key]]
             overviews[key].add(row["photo"], found)
-            row[f"{len(ids)} clusters"] = tinted = overlay(row["photo"], found, palette)
+            row[key] = overlay(row["photo"], found, palette)
         if number in shown:
             rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
         if several:
             continue
-        result, tinted = Image.fromarray(found.astype(np.uint8)), Image.fromarray(tinted)
+        result, tinted = Image.fromarray(found.astype(np.uint8)), Image.fromarray(row[key])
         result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
         write_png(out / f"{name}.png", result)
         if options.legend:
@@ -1071,15 +1066,15 @@ def segment(folder, options, device):
             tinted = stack([tinted, entries], down=True)
         write_png(out / f"{name}_overlay.png", tinted)
     for key, overview in overviews.items():
-        end = f"-{key}" * several
+        end = "-" + key.split()[0] if several else ""
         write_png(out / f"overview{end}.png", overview.picture())
     rows.append(legend(range(len(names)), names, palette))
     write_png(out / "contact.png", stack(rows, down=True))
     if not several:
-        shares = overview.share()
-        lines = [f"{k}\t{name}\t{x:.2f} %\n" for k, (name, x) in enumerate(zip(names, shares))]
+        shares = [f"{x:.2f} %" for x in overview.share()]
+        lines = [f"{k}\t{name}\t{x}\n" for k, (name, x) in enumerate(zip(names, shares))]
         common.write(out / "legend.txt", "".join(lines).encode())
-        texts = [f"{k}: {name}, {x:.1f} %" for k, (name, x) in enumerate(zip(names, shares))]
+        texts = [f"{k}: {name}, {x}" for k, (name, x) in enumerate(zip(names, shares))]
         write_png(out / "legend.png", legend(range(len(names)), texts, palette))
     print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; look at "
           + ("contact.png" if several else "overview.png, and name the ids with --names FILE"))
@@ -1089,8 +1084,10 @@ def segment(folder, options, device):
 # ---------------------------------------------------------------- a look inside
 
 @torch.no_grad()
-def embed(model, dataset, folder, device):
-    """Write the code of every image of a split as NAME.npy, float32 (K,h,w)."""
+def embed(folder, options, device):
+    """Write the code of every image of a split as NAME.npy, float32 (K,h,w) -> exit code."""
+    model, args, _ = open_run(folder, options, device)
+    dataset = load_data(options, args, options.split, model)
     root, failed = os.path.commonpath([os.path.dirname(path) for path in dataset.paths]), []
     for [item] in batches(dataset, 1, what="embedding"):
         if item["error"]:
@@ -1099,9 +1096,9 @@ def embed(model, dataset, folder, device):
         buffer = io.BytesIO()
         np.save(buffer, encode(model, item["image"][None].to(device))[0].cpu().numpy())
         name = os.path.relpath(item["path"], root) + ".npy"
-        common.write(Path(folder) / name, buffer.getbuffer())
+        common.write(Path(options.embed) / name, buffer.getbuffer())
     failed = collect(failed)
-    common.say(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {folder}")
+    print(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {options.embed}")
     return tell("embedded", failed)
 
 
@@ -1115,11 +1112,13 @@ def principal_colours(x):
 
 
 @torch.no_grad()
-def path_picture(model, item, device):
-    """One image at every station from file to score; features and code in `principal_colours`."""
+def path_picture(folder, options, device):
+    """One image at every station from file to score, features and code in `principal_colours`."""
+    model, args, _ = load_run(folder, device, options.root, options.weights)
     if not hasattr(model, "backbone"):
         raise ValueError("--path shows the way through a frozen backbone; this run has none")
-    ids, names, palette = model.named
+    dataset, (ids, names, palette) = load_data(options, args, options.split, model), model.named
+    item = dataset[len(dataset) // 2]
     image, label = item["image"][None].to(device), item["label"]
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
     code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
@@ -1131,40 +1130,39 @@ def path_picture(model, item, device):
                 "ground truth": (label, paint(label, palette))}
     row = {f"{title} {'x'.join(map(str, x.shape))}": thumbnail(picture, 180)
            for title, (x, picture) in stations.items()}
-    seen = np.unique(np.concatenate([ids[found], label], None))
-    return stack([titled(row), legend(seen, names, palette, 1000)], down=True)
+    seen, file = np.unique(np.concatenate([ids[found], label], None)), "path.png"
+    picture = stack([titled(row), legend(seen, names, palette, 1000)], down=True)
+    write_png(Path(options.out or folder) / file, picture)
+    print(f"wrote {Path(options.out or folder) / file}")
+    return 0
 
 
 # ---------------------------------------------------------------- the authors' checkpoints
 
-# published name -> ours, by prefix; what has no place in our models stays behind
-STEGO_HEAD = {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp."}
-OFFICIAL = {
-    "stego": {**{"net." + a: b for a, b in STEGO_HEAD.items()}, "cluster_probe.": "cluster.",
-              "linear_probe.": "linear."},
-    "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
+OFFICIAL = {  # published name -> ours, by prefix; what has no place in our models stays behind
+    "stego": {"net.cluster1.0.": "head.linear.", "net.cluster2.": "head.mlp.",
+              "cluster_probe.": "cluster.", "linear_probe.": "linear."},
+    "hp": {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp.",
+           "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
            "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
-    "cause": {"head_ema.": "head_ema.", "head.": "head.", "codebook": "codebook",
-              "linear.f.": "linear.", "cluster_probe": "cluster.clusters",
-              "projection_head.f.": "projection.",
-              "projection_head_ema.f.": "teacher_projection."}}
+    "cause": {"head.": "student.", "head_ema.": "teacher.", "codebook": "codebook",
+              "projection_head.f.": "projection.", "projection_head_ema.f.": "teacher_projection.",
+              "linear.f.": "linear.", "cluster_probe": "cluster.clusters"}}
 
 
 def read_official(method, files):
-    """A published checkpoint's tensors under our names; those of CAUSE's heads keep theirs."""
-    tensors = {}
-    for file in files:
-        content = common.read_tensors(file)
+    """A published checkpoint's tensors under our names; those inside CAUSE's heads keep theirs."""
+    found, tensors = {}, {}
+    for content in map(common.read_tensors, files):
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        nested = {f"{key}.{name}": x for key, part in content.items() if isinstance(part, dict)
-                  for name, x in part.items()}  # HP: one dictionary per module
-        for key, x in {**content, **nested}.items():
-            key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
-            old = next((old for old in OFFICIAL[method] if key.startswith(old)), None)
-            if torch.is_tensor(x) and old is not None:
-                tensors[OFFICIAL[method][old] + key[len(old):]] = x.clone().float()
-    if not {"linear.weight", "cluster.clusters"} <= set(tensors):
-        raise ValueError(f"{', '.join(files)} holds no probes of {method}; is it one of {method}?")
+        for key, x in content.items():  # HP: one dictionary per module
+            parts = x if isinstance(x, dict) else {}
+            found |= {key: x, **{f"{key}.{name}": y for name, y in parts.items()}}
+    for key, x in found.items():
+        key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
+        for old, new in OFFICIAL[method].items():
+            if torch.is_tensor(x) and key.startswith(old):
+                tensors[new + key[len(old):]] = x.clone().float()
     return tensors
 
 
@@ -1174,36 +1172,38 @@ def import_official(options):
     stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training.
     The backbone stays in the file of stego and hp. ValueError says what does not fit."""
     method, *files = options.official
-    if method not in OFFICIAL or not (files and options.data and options.arch and options.out):
+    if method not in OFFICIAL or not (files and options.data and options.out):
         raise ValueError(f"--official takes a method ({', '.join(OFFICIAL)}) and its files; with "
                          "--data and --arch, what they were trained on, and --out RUN")
     folder, module = Path(options.out), importlib.import_module(method)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out")
     tensors = read_official(method, files)
-    words = ["--data", options.data, "--arch", options.arch]
-    args = common.parse(module.arguments, module.PRESETS, words)
-    args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
-    args.clusters, args.root, args.out = len(tensors["cluster.clusters"]), options.root, str(folder)
-    own_backbone = os.path.abspath(files[0]) if method in ("stego", "hp") else None
-    args.weights = options.weights or own_backbone
-    if method == "cause":
-        heads = {key: tensors.pop(key) for key in list(tensors) if key.startswith("head")}
-        args.head = "tr" if len(heads.get("head.query_pos", ())) else "mlp"
-        args.size = args.eval_size = 322 if args.arch.endswith("14") else 320
-        args.codes = len(tensors["codebook"])
-        args.projection_dim = len(tensors["projection.weight"])
-        args.heads = 12 if args.arch in ("vits8", "vits16") else None  # as its authors built DINO's
+    words = ["--data", options.data, "--arch", options.arch, "--out", options.out]
+    args, cause = common.parse(module.arguments, module.PRESETS, words), method == "cause"
+    args.root, args.weights = options.root, options.weights
+    try:
+        args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
+        args.clusters = len(tensors["cluster.clusters"])
+        if cause:
+            args.head = "tr" if "student.query_pos" in tensors else "mlp"
+            args.size = args.eval_size = 322 if args.arch.endswith("14") else 320
+            args.codes = len(tensors["codebook"])
+            args.projection_dim = len(tensors["projection.weight"])
+            args.heads = 12 if args.arch in ("vits8", "vits16") else None  # as its authors built it
+        elif not args.weights:
+            args.weights = os.path.abspath(files[0])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{', '.join(files)} holds no probes of {method}: no {error}") from None
     model = module.Model(args)
-    if method == "cause":
-        module.load_published_head(heads, model.teacher)  # takes head_ema. where it is
-        student = {key: x for key, x in heads.items() if key.startswith("head.")}
-        module.load_published_head(student, model.student)
+    for name in ("student", "teacher") if cause else ():
+        head = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith(name + ".")}
+        module.load_published_head(head, getattr(model, name))
     own = common.trained(model)
     for key, x in own.items():
-        if key.startswith(("teacher.", "student.")):  # CAUSE: filled in above
-            tensors.setdefault(key, x)
-        if key.startswith(("head.mlp.", "project")):  # a linear head; HP's Z is not saved
+        if key.startswith(("student.", "teacher.")):  # filled in above
+            tensors[key] = x
+        if key.startswith(("head.mlp.", "projection")):  # a linear head; HP's Z is not saved
             tensors.setdefault(key, torch.zeros_like(x))
         if key in tensors and tensors[key].numel() == x.numel():
             tensors[key] = tensors[key].view_as(x)  # 1x1 convolutions as matrices
@@ -1218,26 +1218,22 @@ def import_official(options):
 
 # ---------------------------------------------------------------- command line
 
-COMMANDS = {  # what it does -> how many runs, and the options that it uses beside --device
-    "official": (0, 0, "official data arch out root weights"),
-    "images": (1, 1, "images out root weights size crf flip tile clusters names head legend"),
-    "embed": (0, 1, "embed data root split protocol size weights arch depth"),
-    "path": (1, 1, "path out data root split protocol size weights"),
-    "RUN": (1, 999, "data root split protocol size weights batch_size workers crf flip clusters "
-            "filters"),
-    "arch": (0, 0, "arch depth seed out data root split protocol size weights batch_size workers "
-             "crf flip clusters")}
+COMMANDS = {  # option that says what is done -> what else it uses, beside --device
+    "official": "data arch out root weights",
+    "images": "runs out root weights size crf flip tile clusters names head legend",
+    "embed": "runs data root split protocol size weights arch depth",
+    "path": "runs out data root split protocol size weights",
+    "arch": "depth seed out data root split protocol size weights batch_size workers crf flip "
+            "clusters",
+    "runs": "data root split protocol size weights batch_size workers crf flip clusters filters"}
 
 
 def arguments():
     p, whole = common.Parser(__doc__), common.whole
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
-
-    def switch(name, help):
-        add(name, False, help, action="store_true")
     add = p.group("scoring")
-    switch("--crf", "also with the fully connected CRF")
-    switch("--flip", "also with the code averaged over the mirrored image")
+    add("--crf", False, "also with the fully connected CRF", action="store_true")
+    add("--flip", False, "also with the code averaged over the mirrored image", action="store_true")
     add("--clusters", None, "also K-means with N centres on the code; N that is not the number of "
         "classes by Hungarian, and by majority of train labels", type=whole(2), nargs="+",
         metavar="N")
@@ -1250,18 +1246,17 @@ def arguments():
         "with --images, 0 leaves images as they are", type=whole(0, 8192), metavar="PIXELS")
     add = p.group("your own pictures")
     add("--images", None, "segment these files and folders", nargs="+", metavar="PATH")
-    add("--out", None, "where results go", metavar="DIR")
+    add("--out", None, "where results go; of --images: a new folder, or results", metavar="DIR")
     add("--tile", None, "at full size, in overlapping tiles of N pixels; try 512", type=whole(32),
         metavar="N")
     add("--names", None, "a name per line for ids 0, 1, ...", metavar="FILE")
     add("--head", "cluster", "which probe", choices=("cluster", "linear"))
-    switch("--legend", "a legend below every overlay")
+    add("--legend", False, "a legend below every overlay", action="store_true")
     add = p.group("a look inside")
     add("--embed", None, "write the code of every image of --split as .npy (K,h,w)", metavar="DIR")
-    switch("--path", "picture of one image at every station, with shapes")
+    add("--path", False, "picture of one image at every station, with shapes", action="store_true")
     add("--official", None, "turn a published checkpoint into the run --out: stego FILE, hp FILE, "
-        "or cause SEGMENT CLUSTER; with --data and --arch", nargs="+",
-        metavar=("METHOD", "FILE"))
+        "or cause SEGMENT CLUSTER; with --data and --arch", nargs="+", metavar=("METHOD", "FILE"))
     add = p.group("backbone, machine")
     add("--arch", None, "without RUN: score the raw backbone, by K-means and linear probe")
     add("--weights", None, "backbone weights, if not where they lay", metavar="FILE|none")
@@ -1273,41 +1268,27 @@ def arguments():
     return p
 
 
-def command_of(options):
-    """Which of COMMANDS is meant; ValueError for what it does not use, or lacks."""
-    defaults = vars(arguments().parse_args([]))
-    given = {key for key, x in vars(options).items() if x != defaults[key]} - {"runs", "device"}
-    command = next((name for name in COMMANDS if name in given), "RUN")
-    command = "RUN" if command == "arch" and options.runs else command
-    what = "scoring a run" if command == "RUN" else f"--{command}"
-    least, most, used = COMMANDS[command]
-    unused = ", ".join(map(common.flag, sorted(given - set(used.split()))))
-    if unused:
-        raise ValueError(f"{what} does not use {unused}")
-    if not least <= len(options.runs) <= most or not options.runs and not options.arch:
-        raise ValueError(f"{what} needs a run folder, or --arch and --data for a raw backbone; "
-                         "--help lists all")
-    if command == "images" and not options.out:
-        raise ValueError("--images needs --out DIR, where the results go")
-    return command
-
-
 def run(options):
-    command, folder = command_of(options), (options.runs or [None])[0]
+    """What the options ask for -> exit code. ValueError where some are lacking, or not used."""
+    defaults = vars(arguments().parse_args([]))
+    given = {key for key, x in vars(options).items() if x != defaults[key]} - {"device"}
+    command = next((key for key in COMMANDS if key in given), "runs")
+    unused = given - {command, *COMMANDS[command].split()}
+    if bool(options.runs) == bool(options.arch) or len(options.runs) > 1 and command != "runs":
+        raise ValueError("what is scored or used is a RUN, or --arch A for a raw backbone; "
+                         "--help lists all")
+    if unused:
+        raise ValueError(f"{common.flag(command)} does not use "
+                         + ", ".join(map(common.flag, sorted(unused))))
     if command == "official":
         return import_official(options)
-    device = common.start_processes(options.device)
+    device, folder = common.start_processes(options.device), (options.runs or [None])[0]
     if command == "images":
         return segment(folder, options, device)
-    if command in ("embed", "path"):
-        model, args, _ = open_run(folder, options, device)
-        dataset = load_data(options, args, options.split, model)
-        if options.embed:
-            return embed(model, dataset, options.embed, device)
-        file = Path(options.out or folder) / "path.png"
-        write_png(file, path_picture(model, dataset[evenly(1, len(dataset))[0]], device))
-        print(f"wrote {file}")
-        return 0
+    if command == "embed":
+        return embed(folder, options, device)
+    if command == "path":
+        return path_picture(folder, options, device)
     found = [score_run(folder, options, device) for folder in options.runs or [None]]
     if common.rank() == 0 and len(found) > 1:
         print("\n" + runs_table([(folder, *x[:2]) for folder, x in zip(options.runs, found)]))
