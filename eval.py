@@ -45,13 +45,10 @@ import data
 from crf import dense_crf
 
 # ---------------------------------------------------------------- probes
-
 class ClusterProbe(nn.Module):
     """Cosine K-means on a frozen code, by gradient: `.clusters` (clusters,K) are the centres.
-
     code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of a pixel
     to its nearest centre, the only one that moves. The code is detached: the head never moves."""
-
     def __init__(self, width, clusters):
         super().__init__()
         self.clusters = nn.Parameter(torch.randn(clusters, width))
@@ -65,10 +62,8 @@ class ClusterProbe(nn.Module):
 
 class LinearProbe(nn.Conv2d):
     """A 1x1 convolution: code (B,K,h,w) -> logits (B,classes,h,w). Give it `code.detach()`.
-
     It starts at zero, as a convex problem may, and draws no random number: with or without labels
     everything else in a run stays the same bit for bit."""
-
     def __init__(self, width, classes):
         super().__init__(width, classes, 1)
 
@@ -79,7 +74,6 @@ class LinearProbe(nn.Conv2d):
 
 def linear_loss(logits, label):
     """Mean cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W), over labels in [0,C).
-
     0 without any. The mean over several processes is that over all their pixels."""
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
@@ -90,7 +84,6 @@ def linear_loss(logits, label):
 
 def probe_losses(model, code, label):
     """Losses of model.cluster and model.linear on code.detach() (B,K,h,w), label (B,H,W).
-
     -> two scalars, 0 for a probe that the model does not have or train."""
     code = code.detach().float()
     cluster = linear = code.new_zeros((), requires_grad=True)
@@ -101,11 +94,9 @@ def probe_losses(model, code, label):
     return cluster, linear
 
 
-# ---------------------------------------------------------------- metric
-
+# ---------------------------------------------------------------- metric and K-means
 def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
-
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored, extra
     clusters kept. ValueError: other shapes, or a prediction outside [0,clusters).
 
@@ -128,7 +119,6 @@ def confusion_matrix(pred, label, clusters, classes):
 
 def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
-
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
     tensor([ 1,  0, -1])
@@ -153,7 +143,6 @@ def matched(confusion, assignment):
 
 def scores(confusion):
     """Scores of a confusion (classes,classes), predictions as rows; more rows are of no class.
-
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither
     prediction nor labels (iou), never predicted (precision); pixels (classes,) int64.
 
@@ -170,12 +159,9 @@ def scores(confusion):
             "iou": iou, "precision": right / predicted, "pixels": pixels.long()}
 
 
-# ---------------------------------------------------------------- k-means
-
 @torch.no_grad()
 def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
     """Spherical K-means: (n,D) -> unit centres (clusters,D), the best of `restarts` by inertia.
-
     Starts as k-means++ (Arthur and Vassilvitskii 2007), with the distance 1 - cosine. One run alone
     moves by ten points of mIoU with its start. ValueError: fewer vectors than clusters."""
     x = F.normalize(features.float(), dim=1)
@@ -210,7 +196,6 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
 
 
 # ---------------------------------------------------------------- prediction
-
 def padded(images, patch):
     """images (B,3,H,W), sides rounded up to multiples of the patch by repeating the last pixels."""
     extra = (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch)
@@ -223,7 +208,6 @@ def patch_of(model):
 
 def encode(model, images, flip=False, tile=None):
     """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
-
     flip: the mean with the mirrored code of the mirrored image. tile: in overlapping squares of
     that many pixels, blended, for images whose attention would not fit into memory."""
     images = padded(images, patch_of(model))
@@ -282,7 +266,6 @@ def probes_of(model):
 @torch.no_grad()
 def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=None):
     """Segment normalised images (B,3,H,W) of any size -> {name of the probe: (B,*size) int64}.
-
     The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the
     nearest centre by cosine, or the largest logit. Both are linear in the code but for its length,
     which no arg-max sees: the few score maps are upsampled in place of the wide code.
@@ -312,29 +295,21 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
     return found
 
 
-def as_input(picture, size):
-    """Pillow picture -> normalised image (3,h,w), its shorter side `size` (0: as it is).
-
-    The longer side is held at eight times `size`, so that a thin strip does not fill the memory."""
-    if size:
-        scale = min(size / min(picture.size), 8 * size / max(picture.size))
-        sides = [max(1, round(side * scale)) for side in picture.size]
-        picture = picture.resize(sides, Image.Resampling.BILINEAR)
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-    return (image - common.MEAN) / common.STD
-
-
 def segment_image(model, image, crf=False, flip=False, size=None, tile=None, probes=None):
     """Segment a picture in memory, uint8 (H,W,3) or a Pillow image -> ids (H,W) int64 numpy.
-
     The same as `eval.py RUN --images` gives for that file. size: shorter side that the network
     sees, 0 as it is, None as the run was scored. probes: as in `predict`; then {name: ids}."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is uint8 (H,W,3), not {image.dtype} {image.shape}")
         image = Image.fromarray(image)
-    picture, device = data.as_rgb(image), model.cluster.clusters.device
-    x = as_input(picture, model.eval_size if size is None else size)[None].to(device)
+    picture = small = data.as_rgb(image)
+    if size := model.eval_size if size is None else size:
+        scale = min(size / min(picture.size), 8 * size / max(picture.size))  # a strip stays small
+        sides = [max(1, round(side * scale)) for side in picture.size]
+        small = picture.resize(sides, Image.Resampling.BILINEAR)
+    x = (torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - common.MEAN) / common.STD
+    x = x[None].to(model.cluster.clusters.device)
     found = predict(model.eval(), x, picture.size[::-1], flip, crf, tile,
                     probes or {"cluster": model.cluster})
     if probes:
@@ -343,10 +318,8 @@ def segment_image(model, image, crf=False, flip=False, size=None, tile=None, pro
 
 
 # ---------------------------------------------------------------- evaluation
-
 def batches(dataset, size, workers=0, what="evaluation", order=None):
     """This process's share of the batches of a data set, in order, as lists of items.
-
     A batch, and with it every count, is the same for any number of processes. order: these items
     instead, all of them in every process."""
     indices = range(len(dataset)) if order is None else order
@@ -369,30 +342,31 @@ def same_size(items):
 def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0,
              what="evaluation", probes=None):
     """Count predictions against labels over a whole data set; only counts are kept.
-
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "linear": None where
     there is none; "labelled": number of images with a label; "failed": [(path, reason)]}, summed
-    over processes. Without labels all pixels count as one class. model: images (B,3,H,W) -> code
-    (B,K,h,w), with .cluster, .linear (module or None), .alpha. probes: see `predict`."""
+    over processes. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster, .linear (module or
+    None), .alpha. probes: see `predict`."""
     model.eval()
-    classes, labelled, failed = max(dataset.classes, 1), 0, []
-    probes = {name: probe for name, probe in (probes or probes_of(model)).items()
-              if dataset.classes or hasattr(probe, "clusters")}
+    classes, labelled, failed = dataset.classes, 0, []
+    probes = probes or probes_of(model)
     counts = {name: torch.zeros(len(getattr(probe, "clusters", range(classes))), classes,
                                 dtype=torch.long, device=device) for name, probe in probes.items()}
     for items in batches(dataset, batch_size, workers, what):
         failed += [(item["path"], item["error"]) for item in items if item["error"]]
         for batch in same_size(items):
             label = batch["label"].to(device)
-            label = label if dataset.classes else torch.zeros_like(label)
-            labelled += int((label >= 0).flatten(1).any(1).sum()) * (dataset.classes > 0)
+            labelled += int((label >= 0).flatten(1).any(1).sum())
             found = predict(model, batch["image"].to(device), label.shape[-2:], flip, crf,
                             probes=probes)
             for name, pred in found.items():
                 counts[name] += confusion_matrix(pred, label, len(counts[name]), classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
     labelled = common.reduce_sum(torch.full((), labelled, device=device)).item()
-    return {"linear": None, **counts, "labelled": labelled, "failed": collect(failed)}
+    everyone = [failed] * common.world()
+    if common.world() > 1:
+        dist.all_gather_object(everyone, failed)
+    failed = sorted(set(sum(everyone, [])))
+    return {"linear": None, **counts, "labelled": labelled, "failed": failed}
 
 
 def tell(what, failed):
@@ -402,18 +376,8 @@ def tell(what, failed):
     return 1 if failed else 0
 
 
-def collect(mine):
-    """Lists of all processes -> one sorted list without doubles."""
-    everyone = [mine]
-    if common.world() > 1:
-        everyone = [None] * common.world()
-        dist.all_gather_object(everyone, mine)
-    return sorted(set(sum(everyone, [])))
-
-
 class Clustered(nn.Module):
     """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes, as `evaluate` takes it."""
-
     def __init__(self, encoder, patch, cluster, linear=None):
         super().__init__()
         self.encoder, self.patch, self.alpha = encoder, patch, 2
@@ -426,7 +390,6 @@ class Clustered(nn.Module):
 @torch.no_grad()
 def sample_points(encoder, dataset, device, patch=1, points=160, images=128, seed=0, workers=0):
     """Features of random cells of the feature map of `images` evenly spaced images of a data set.
-
     -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none. Interpolated
     pixels, mixtures at borders, would cost the baseline six points of mIoU on the scenes."""
     found, generator = [], torch.Generator().manual_seed(seed)
@@ -435,14 +398,12 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
             continue
         image, label = item["image"], item["label"]
         feats = encoder(padded(image[None].to(device), patch))[0].float()  # (D,h,w)
-        places = []  # of each cell's centre in the label
-        for n, side, true in zip(feats.shape[1:], image.shape[1:], label.shape):
-            centre = (torch.arange(n) + 0.5) * (-side % patch + side) / n
-            places.append((centre[centre < side] * true / side).long())
-        rows, columns = places
-        cell = torch.randint(len(rows) * len(columns), (points,), generator=generator)
-        y, x = cell // len(columns), cell % len(columns)
-        found.append((feats[:, y, x].T, label[rows[y], columns[x]].to(device)))
+        sides = zip(label.shape, image.shape[1:])  # the label's part of the padding
+        down, right = (round(true * (-side % patch) / side) for true, side in sides)
+        label = F.pad(label, (0, right, 0, down), value=-1)[None, None].float()
+        label = F.interpolate(label, feats.shape[1:], mode="nearest-exact").flatten().long()
+        cell = torch.randint(len(label), (points,), generator=generator)
+        found.append((feats.flatten(1)[:, cell].T, label[cell].to(device)))
     if not found:
         raise OSError(f"no image of {dataset.name} could be read")
     return tuple(map(torch.stack, zip(*found)))
@@ -450,7 +411,6 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
 def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
-
     -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
     features (n,D) of at most 2^17 cells of `images` images, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
@@ -473,7 +433,6 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, 
 
 def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, workers=0, steps=100):
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
-
     It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
     and goes on by STEGO's recipe in whole passes, `steps` at least: Adam at 5e-3, here falling to
     0, 16 images a step, cross-entropy of logits upsampled to the labels. The problem is convex."""
@@ -505,8 +464,6 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
             adam.step()
     probe.weight.data /= deviation  # for features as they come
     probe.bias.data -= (probe.weight.data * mean).sum((1, 2, 3))
-    for parameter in probe.parameters() if common.world() > 1 else ():
-        dist.broadcast(parameter.data, 0)  # the same to the last bit
     return probe
 
 
@@ -515,16 +472,6 @@ def baseline(run, encoder, images, val, clusters, patch=1):
     probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed)[0]
     model = Clustered(encoder, patch, *probes.values())
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
-
-
-def refit_clusters(run, model, images):
-    """Move a model's cluster centres to spherical K-means of its codes on the train split `images`.
-
-    Probes that learn online drop small classes: a centre that never wins never moves."""
-    model.eval()
-    number = len(model.cluster.clusters)
-    probes = clusterings(model, images, run.device, [number], patch_of(model), run.args.seed)[0]
-    model.cluster.load_state_dict(probes[f"{number} clusters"].state_dict())
 
 
 # ---------------------------------------------------------------- pictures
@@ -546,9 +493,8 @@ def distinct(count, taken=()):
     return np.array((free + list(pool))[:count], np.uint8).reshape(-1, 3)
 
 
-def naming(assignment, names, palette):
+def naming(assignment, names=(), palette=()):
     """Id, name and colour of every cluster -> ids (clusters,), names, palette (n,3).
-
     A matched cluster takes those of its class; the others follow behind the classes."""
     free = (assignment < 0).nonzero().flatten().tolist()
     ids = assignment.clone()
@@ -651,36 +597,25 @@ def samples(model, dataset, device, indices):
     return stack([*rows, legend(sorted(seen), names, palette)], down=True)
 
 
-class Overview:
-    """For each id its name and share, and the five pictures in which it covers most.
+def small(photo, ids, count):
+    """photo (H,W,3), ids (H,W) -> both at a height of 120, share of each of `count` ids."""
+    shares = np.bincount(ids.ravel(), minlength=count) / ids.size
+    ids = np.asarray(thumbnail(ids.astype(np.int32), 120))
+    return np.asarray(thumbnail(photo, 120, smooth=True)), ids, shares
 
-    What one needs to give names to clusters. `add` picture by picture."""
 
-    def __init__(self, names, palette):
-        self.names, self.palette = names, palette
-        self.pixels, self.best = np.zeros(len(names), int), [[] for _ in names]
-
-    def add(self, photo, ids):
-        """photo uint8 (H,W,3), ids (H,W)."""
-        pixels = np.bincount(ids.ravel(), minlength=len(self.names))
-        self.pixels += pixels
-        small = np.asarray(thumbnail(photo, 120, smooth=True))
-        for k in pixels.nonzero()[0]:
-            inside = np.asarray(thumbnail(ids == k, 120)).astype(int)
-            tinted = overlay(small, inside, [(255, 255, 255), self.palette[k]])
-            best = [*self.best[k], (pixels[k] / ids.size, Image.fromarray(tinted))]
-            self.best[k] = sorted(best, key=lambda x: -x[0])[:5]
-
-    def share(self):
-        """Percent of all pixels that each id covers."""
-        return (100 * self.pixels / max(self.pixels.sum(), 1)).tolist()
-
-    def picture(self):
-        rows = []
-        for k in np.argsort(-self.pixels, kind="stable"):
-            text = f"id {k}: {self.names[k]}, {self.share()[k]:.1f} % of all pixels"
-            rows += [box(text, 640, self.palette[k]), stack([cell for _, cell in self.best[k]])]
-        return stack(rows, down=True)
+def overview(entries, names, palette):
+    """[`small`] -> for each id name, share, and the pictures in which it covers most; all shares.
+    What one needs to give names to clusters."""
+    shares = np.reshape([x for *_, x in entries], (-1, len(names)))
+    mean, rows = shares.sum(0) / max(len(entries), 1), []
+    for k in np.argsort(-mean, kind="stable"):
+        best = [entries[i] for i in np.argsort(-shares[:, k])[:5] if shares[i, k] > 0]
+        cells = [overlay(photo, (ids == k).astype(int), [(255, 255, 255), palette[k]])
+                 for photo, ids, _ in best]
+        text = f"id {k}: {names[k]}, {mean[k]:.1%} of all pictures"
+        rows += [box(text, 640, palette[k]), stack([Image.fromarray(x) for x in cells])]
+    return stack(rows, down=True), mean
 
 
 def write_png(path, picture):
@@ -696,7 +631,6 @@ TITLES = {"linear": "linear probe", "kmeans": "K-means, raw"}
 
 def rows_of(result, val, votes=None, suffix=""):
     """What `evaluate` counted -> {title: scores}, nothing without labels.
-
     votes: {name of a clustering: class of each cluster}, in place of a majority on val itself."""
     rows = {}
     for name, counts in result.items():
@@ -712,8 +646,8 @@ def rows_of(result, val, votes=None, suffix=""):
 
 def seal(content):
     """A hash of all that a scores.json holds, by which it is known to be whole and ours."""
-    content = {key: x for key, x in content.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps({**content, "seal": ""}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def saved_scores(path):
@@ -760,16 +694,16 @@ def runs_table(found):
     groups = collections.defaultdict(dict)  # {options but the seed: {seed: numbers}}
     for folder, args, rows in found:
         cells = [rows.get(key, {"miou": None, "accuracy": None}) for key in columns]
-        numbers = 100 * np.array([(cell["miou"], cell["accuracy"]) for cell in cells], float)
-        lines.append([folder, *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
+        lines.append([folder, *(f"{percent(x['miou'])} / {percent(x['accuracy'])}" for x in cells)])
+        numbers = 100 * np.array([(x["miou"], x["accuracy"]) for x in cells], float)
         kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
         if args.seed in groups[kind]:
             common.say(f"{folder} has the seed of another run: it does not count in the mean")
         groups[kind].setdefault(args.seed, numbers)
     for runs in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
         both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
-        lines.append([f"mean of {len(runs)} seeds",
-                      *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
+        cells = [f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both]
+        lines.append([f"mean of {len(runs)} seeds", *cells])
     return aligned(lines)
 
 
@@ -781,7 +715,6 @@ def evenly(count, total):
 
 def finish(run, model, images, val, encode=None, more=None):
     """The end of every training run: score on val, write scores.json and pictures, print the table.
-
     images: the train split, on which clusters are refitted where args.probe is "kmeans", and the
     baseline's K-means. encode: (B,3,H,W) -> features (B,D,h,w) for the baseline, default the
     backbone. more: further rows, {title: confusion}. -> exit code: 1 if an image was unreadable."""
@@ -789,7 +722,11 @@ def finish(run, model, images, val, encode=None, more=None):
         return 0
     images.read_images = True  # cached features may have left it off
     if getattr(run.args, "probe", None) == "kmeans":
-        refit_clusters(run, model, images)
+        # a probe that learns online drops small classes: a centre that never wins never moves
+        numbers = [len(model.cluster.clusters)]
+        [probe] = clusterings(model.eval(), images, run.device, numbers, patch_of(model),
+                              run.args.seed)[0].values()
+        model.cluster.load_state_dict(probe.state_dict())
     run.keep(model=model)
     run.save(done=True)
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else 0
@@ -807,7 +744,6 @@ def finish(run, model, images, val, encode=None, more=None):
 
 def write_report(folder, model, val, result, found, paths, prefix=""):
     """Process 0 writes scores.json and pictures, then prints the table -> its rows.
-
     found: rows and what else scores.json shall hold. What it held stays, as long as the weights are
     the same. paths: the photos that overview.png chooses from where there are no labels."""
     if common.rank() > 0:
@@ -832,12 +768,9 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
         title = f"{val.name} {val.split}: clusters, named by Hungarian matching"
         pictures["confusion.png"] = confusion_picture(matched(counts, assignment), val.names, title)
     else:
-        overview = Overview(names, palette)
-        for i in evenly(100, len(paths)):
-            photo, error = data.attempt(data.read_image, paths[i])
-            if not error:
-                overview.add(np.array(photo), segment_image(model, photo))
-        pictures["overview.png"] = overview.picture()
+        photos = (data.attempt(data.read_image, paths[i])[0] for i in evenly(100, len(paths)))
+        entries = [small(np.array(x), segment_image(model, x), len(names)) for x in photos if x]
+        pictures["overview.png"] = overview(entries, names, palette)[0]
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
     rows = {key: x for key, x in content.items()
@@ -851,22 +784,19 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
 
 
 # ---------------------------------------------------------------- runs
-
 def load_run(folder, device="cpu", root=None, weights=None):
     """A trained run -> model (in eval mode, on the device), its options, its checkpoint.
-
     The model is `Model` of METHOD.py beside this file, ours or your own, made from the checkpoint's
     options alone. root, weights: where data and backbone lie, if elsewhere than at training. It has
     .eval_size and .named, what `naming` gave when it was scored. FileNotFoundError, ValueError."""
     checkpoint = common.load_checkpoint(folder)
     path, method = Path(folder) / "last.pt", checkpoint["method"]
-    own = method.isidentifier() and method not in ("common", "data", "eval", "crf", "test_all")
-    own = own and Path(__file__).with_name(f"{method}.py").is_file()
-    module = importlib.import_module(method) if own else None
+    own = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    module = importlib.import_module(method) if method in own else None
     if not hasattr(module, "Model"):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
-    args = common.check_args(module.arguments(), checkpoint["args"], folder)
-    args = argparse.Namespace(**args)
+    saved = common.check_args(module.arguments(), checkpoint["args"], folder)
+    args = argparse.Namespace(**saved)
     args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
@@ -876,9 +806,9 @@ def load_run(folder, device="cpu", root=None, weights=None):
         common.load_trained(model, checkpoint["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} makes no {method}.Model: {data.describe(error)}") from None
-    found, clusters = saved_scores(Path(folder) / "scores.json"), len(model.cluster.clusters)
+    found = saved_scores(Path(folder) / "scores.json")
     model.eval_size = getattr(args, "eval_size", args.size)
-    model.named = naming(torch.full((clusters,), -1), [], [])
+    model.named = naming(torch.full((len(model.cluster.clusters),), -1))
     if found.get("weights") == common.digest(model):
         palette = np.array(found["palette"], np.uint8)
         model.named = torch.tensor(found["matching"]), found["names"], palette
@@ -906,37 +836,13 @@ def load_data(options, args, split, model):
                      size=-(-size // patch) * patch, protocol=protocol)
 
 
-def fitted(model, options, args, val, device, method):
-    """Probes that `eval.py` fits on the train split -> {name: probe}, {name: majority classes}.
-
-    --clusters on the code; on another data set, and for a raw backbone, a linear model as well,
-    ViCE's own for a run of ViCE or with --filters."""
-    raw, other = method is None, options.data not in (None, args.data)
-    own = method and getattr(importlib.import_module(method), "fit_linear", None)
-    if options.filters and not own:
-        raise ValueError(f"--filters: {method}.py has no linear model with filters")
-    numbers = options.clusters or [val.classes or 27] * (other or raw)
-    if not numbers and not options.filters:
-        return {}, {}
-    train = load_data(options, args, "train", model)
-    images = len(train) if raw else 4000
-    probes, votes, codes, labels = clusterings(
-        model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
-    if options.filters or other and own:
-        filters = options.filters or args.filters
-        probes[f"linear, {filters} filters"] = own(model, train, filters, args)
-    elif (raw or other) and (labels >= 0).any():
-        probes["linear" + ", fitted here" * other] = fit_linear(
-            model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
-    return probes, votes
-
-
 def score_run(folder, options, device):
     """`python eval.py RUN`, or without a folder --arch -> options of the run, its rows, exit code.
-
-    Where a run is scored in another way than by itself, the files' names say so."""
+    --clusters are fitted on the codes of the train split; on another data set, and for a raw
+    backbone, a linear model as well, ViCE's own for a run of ViCE or with --filters. Where a run is
+    scored in another way than by itself, the files' names say so."""
     model, args, checkpoint = open_run(folder, options, device)
-    val = load_data(options, args, options.split, model)
+    val, probes, votes = load_data(options, args, options.split, model), {}, {}
     other = options.data not in (None, args.data)
     if not checkpoint["done"]:
         common.say(f"{folder} has not been trained to its end, its clusters are not final; go on "
@@ -944,20 +850,34 @@ def score_run(folder, options, device):
     if folder and not other and options.split == "val":
         backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
         common.tell_differences(checkpoint, backbone, val=val.files())
-    probes, votes = fitted(model, options, args, val, device, checkpoint.get("method"))
-    if folder:
-        own = {name: probe for name, probe in probes_of(model).items()
-               if name == "cluster" or not other}  # the classes of another set are not the run's
-        probes = {**own, **probes}
-    else:
+    fit = folder and getattr(importlib.import_module(checkpoint["method"]), "fit_linear", None)
+    if options.filters and not fit:
+        raise ValueError(f"--filters: {checkpoint['method']}.py has no linear model with filters")
+    numbers = options.clusters or [val.classes or 27] * (other or not folder)
+    if numbers or options.filters:
+        train = load_data(options, args, "train", model)
+        images = 4000 if folder else len(train)
+        probes, votes, codes, labels = clusterings(
+            model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
+    if options.filters or other and fit:
+        filters = options.filters or args.filters
+        probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
+    elif (other or not folder) and (labels >= 0).any():
+        probes["linear" + ", fitted here" * other] = fit_linear(
+            model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
+    if not folder:
         model.cluster = probes["cluster"] = probes.pop(next(iter(probes)))
+    elif other:  # the classes of the run's linear probe are not those of another set
+        probes = {"cluster": model.cluster, **probes}
+    else:
+        probes = probes_of(model) | probes
     result, rows = {}, {}
     for flip, crf in sorted({(False, False), (options.flip, options.crf)}):
         suffix = " + flip" * flip + " + CRF" * crf
-        counts = evaluate(model, val, device, flip, crf, options.batch_size, options.workers,
-                          suffix[3:] or "evaluation", probes)
-        result = result or counts
-        rows |= rows_of(counts, val, votes, suffix)
+        found = evaluate(model, val, device, flip, crf, options.batch_size, options.workers,
+                         suffix[3:] or "evaluation", probes)
+        result = result or found
+        rows |= rows_of(found, val, votes, suffix)
     if not folder:
         rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
     split = "" if options.split == "val" else options.split
@@ -970,12 +890,10 @@ def score_run(folder, options, device):
 
 
 # ---------------------------------------------------------------- your own pictures
-
-def list_inputs(paths):
-    """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
-
+def list_inputs(paths, out):
+    """Files and folders -> {name of its result without suffix: file}, subfolders kept.
     a.jpg and a.png beside each other give a.jpg.png and a.png.png, legend.jpg gives legend.jpg.png.
-    FileNotFoundError where there is no image."""
+    ValueError, FileNotFoundError: no image; two of one name; OUT is no folder of our results."""
     found, several = [], sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
         if path.is_dir():
@@ -987,34 +905,26 @@ def list_inputs(paths):
             raise FileNotFoundError(f"--images {path} does not exist")
     if not found:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
+    foreign = out.exists() and any(out.iterdir()) and not (out / ".segmented").exists()
+    if foreign or any(out.resolve() in file.resolve().parents for file, _ in found):
+        raise ValueError(f"{out} holds other files: results need a folder of their own, a new one")
     stems = collections.Counter(name.with_suffix("") for _, name in found)
     stems.update(map(Path, ("legend", "overview", "contact")))  # taken
-    return [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
-            for file, name in found]
-
-
-def claim(out, inputs):
-    """Make OUT a folder of results, marked by .segmented; one of ours is written over.
-
-    ValueError where it holds anything else, or where two `list_inputs` have one result."""
-    mark = out / ".segmented"
-    if out.exists() and any(out.iterdir()) and not mark.exists() or any(
-            out.resolve() in file.resolve().parents for file, _ in inputs):
-        raise ValueError(f"{out} holds other files: results need a folder of their own, a new one")
-    results = collections.Counter(f"{name}{end}" for _, name in inputs for end in ("", "_overlay"))
-    for name, count in results.items():
-        if count > 1:
-            raise ValueError(f"{out / name}.png would be written twice; take fewer --images")
-    common.write(mark, b"")
+    inputs = {str(name if stems[name.with_suffix("")] > 1 else name.with_suffix("")): file
+              for file, name in found}
+    if len({*inputs, *(f"{name}_overlay" for name in inputs)}) < 2 * len(found):
+        raise ValueError("two images would have one result; take fewer --images at a time")
+    return inputs
 
 
 def segment(folder, options, device):
     """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
-
     Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png,
     legend.txt (id, name, share of the pixels), overview.png and contact.png. Several --clusters:
     contact.png and overviews alone. An unreadable file is listed, and the exit code is 1."""
-    out, inputs = Path(options.out), list_inputs(options.images)
+    if not options.out:
+        raise ValueError("--images needs --out DIR, where the results go")
+    out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
     model, args, _ = load_run(folder, device, options.root, options.weights)
     probes, named = {"clusters": model.cluster}, {"clusters": model.named}
     if options.head == "linear":
@@ -1026,34 +936,34 @@ def segment(folder, options, device):
         named = {"classes": (range(len(classes)), classes, palette)}
     if options.clusters:
         train = load_data(options, args, "train", model)
-        probes = clusterings(model, train, device, options.clusters, patch_of(model), args.seed,
-                             4000)[0]
-        named = {key: naming(-torch.ones(len(probe.clusters)).long(), [], [])
-                 for key, probe in probes.items()}
-    key, several = max(named, key=lambda key: len(named[key][1])), len(named) > 1
-    ids, names, palette = named[key]
+        numbers = sorted(set(options.clusters))
+        probes = clusterings(model, train, device, numbers, patch_of(model), args.seed, 4000)[0]
+        named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
+    *_, (ids, names, palette) = named.values()
+    several = len(named) > 1
     if options.names:
         names = data.read_lines(Path(options.names))
         if several or len(names) != len(palette):
             raise ValueError(f"{options.names} holds {len(names)} names for {len(palette)} ids")
-        named = {key: (ids, names, palette)}
+        named = {key: (ids, names, palette) for key in named}
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
-    claim(out, [] if several else inputs)
-    overviews = {key: Overview(*entry[1:]) for key, entry in named.items()}
-    failed, rows, shown = [], [], evenly(12, len(inputs))
+    common.write(out / ".segmented", b"")  # from now on it may be written over
+    failed, rows, entries = [], [], {key: [] for key in named}
+    shown, kept = (evenly(n, len(inputs)) for n in (12, 1000))
     size = 0 if options.tile and options.size is None else options.size
-    for number, (file, name) in enumerate(tqdm(inputs, "segmentation", leave=False)):
+    for number, (name, file) in enumerate(tqdm(inputs.items(), "segmentation", leave=False)):
         picture, error = data.attempt(data.read_image, str(file))
         if error:
             failed.append((file, error))
             continue
         maps = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
-        row = {"photo": np.array(picture)}
-        for key, (ids, _, palette) in named.items():
+        photo = np.array(picture)
+        row = {"photo": photo}
+        for key, (ids, names, palette) in named.items():
             found = np.asarray(ids)[maps[key]]
-            overviews[key].add(row["photo"], found)
-            row[key] = overlay(row["photo"], found, palette)
+            row[key] = overlay(photo, found, palette)
+            entries[key] += [small(photo, found, len(names))] * (number in kept)
         if number in shown:
             rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
         if several:
@@ -1062,19 +972,20 @@ def segment(folder, options, device):
         result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
         write_png(out / f"{name}.png", result)
         if options.legend:
-            entries = legend(np.unique(found), names, palette, tinted.width)
-            tinted = stack([tinted, entries], down=True)
+            below = legend(np.unique(found), names, palette, tinted.width)
+            tinted = stack([tinted, below], down=True)
         write_png(out / f"{name}_overlay.png", tinted)
-    for key, overview in overviews.items():
+    for key, (_, names, palette) in named.items():
         end = "-" + key.split()[0] if several else ""
-        write_png(out / f"overview{end}.png", overview.picture())
+        picture, shares = overview(entries[key], names, palette)
+        write_png(out / f"overview{end}.png", picture)
     rows.append(legend(range(len(names)), names, palette))
     write_png(out / "contact.png", stack(rows, down=True))
     if not several:
-        shares = [f"{x:.2f} %" for x in overview.share()]
-        lines = [f"{k}\t{name}\t{x}\n" for k, (name, x) in enumerate(zip(names, shares))]
-        common.write(out / "legend.txt", "".join(lines).encode())
-        texts = [f"{k}: {name}, {x}" for k, (name, x) in enumerate(zip(names, shares))]
+        lines = list(zip(range(256), names, 100 * shares))
+        text = "".join(f"{k}\t{name}\t{x:.2f} %\n" for k, name, x in lines)
+        common.write(out / "legend.txt", text.encode())
+        texts = [f"{k}: {name}, {x:.1f} %" for k, name, x in lines]
         write_png(out / "legend.png", legend(range(len(names)), texts, palette))
     print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; look at "
           + ("contact.png" if several else "overview.png, and name the ids with --names FILE"))
@@ -1082,7 +993,6 @@ def segment(folder, options, device):
 
 
 # ---------------------------------------------------------------- a look inside
-
 @torch.no_grad()
 def embed(folder, options, device):
     """Write the code of every image of a split as NAME.npy, float32 (K,h,w) -> exit code."""
@@ -1097,7 +1007,6 @@ def embed(folder, options, device):
         np.save(buffer, encode(model, item["image"][None].to(device))[0].cpu().numpy())
         name = os.path.relpath(item["path"], root) + ".npy"
         common.write(Path(options.embed) / name, buffer.getbuffer())
-    failed = collect(failed)
     print(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {options.embed}")
     return tell("embedded", failed)
 
@@ -1130,10 +1039,10 @@ def path_picture(folder, options, device):
                 "ground truth": (label, paint(label, palette))}
     row = {f"{title} {'x'.join(map(str, x.shape))}": thumbnail(picture, 180)
            for title, (x, picture) in stations.items()}
-    seen, file = np.unique(np.concatenate([ids[found], label], None)), "path.png"
-    picture = stack([titled(row), legend(seen, names, palette, 1000)], down=True)
-    write_png(Path(options.out or folder) / file, picture)
-    print(f"wrote {Path(options.out or folder) / file}")
+    seen = np.unique(np.concatenate([ids[found], label], None))
+    file = Path(options.out or folder) / "path.png"
+    write_png(file, stack([titled(row), legend(seen, names, palette, 1000)], down=True))
+    print(f"wrote {file}")
     return 0
 
 
@@ -1152,23 +1061,20 @@ OFFICIAL = {  # published name -> ours, by prefix; what has no place in our mode
 
 def read_official(method, files):
     """A published checkpoint's tensors under our names; those inside CAUSE's heads keep theirs."""
-    found, tensors = {}, {}
+    found = {}
     for content in map(common.read_tensors, files):
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
         for key, x in content.items():  # HP: one dictionary per module
-            parts = x if isinstance(x, dict) else {}
-            found |= {key: x, **{f"{key}.{name}": y for name, y in parts.items()}}
-    for key, x in found.items():
-        key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
-        for old, new in OFFICIAL[method].items():
-            if torch.is_tensor(x) and key.startswith(old):
-                tensors[new + key[len(old):]] = x.clone().float()
-    return tensors
+            parts = x.items() if isinstance(x, dict) else ()
+            found |= {key: x, **{f"{key}.{name}": y for name, y in parts}}
+    found = {re.sub(r"^(net_model_state_dict\.|module\.)*", "", str(key)): x
+             for key, x in found.items() if torch.is_tensor(x)}
+    return {new + key[len(old):]: x.clone().float() for old, new in OFFICIAL[method].items()
+            for key, x in found.items() if key.startswith(old)}
 
 
 def import_official(options):
     """`python eval.py --official METHOD FILE... --data NAME --arch A --out RUN`: published weights.
-
     stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training.
     The backbone stays in the file of stego and hp. ValueError says what does not fit."""
     method, *files = options.official
@@ -1208,7 +1114,6 @@ def import_official(options):
         if key in tensors and tensors[key].numel() == x.numel():
             tensors[key] = tensors[key].view_as(x)  # 1x1 convolutions as matrices
     common.load_trained(model, {key: x for key, x in tensors.items() if key in own})
-    common.write(folder / "args.json", json.dumps(vars(args), indent=1).encode())
     common.save({"method": method, "args": vars(args), "model": common.trained(model), "state": {},
                  "phase": 0, "step": 0, "done": True, "rng": [], "log": 0, "images": {},
                  "backbone": common.digest(model.backbone)}, folder / "last.pt")
@@ -1234,9 +1139,8 @@ def arguments():
     add = p.group("scoring")
     add("--crf", False, "also with the fully connected CRF", action="store_true")
     add("--flip", False, "also with the code averaged over the mirrored image", action="store_true")
-    add("--clusters", None, "also K-means with N centres on the code; N that is not the number of "
-        "classes by Hungarian, and by majority of train labels", type=whole(2), nargs="+",
-        metavar="N")
+    add("--clusters", None, "also K-means with N centres on the code; where N is not the number of "
+        "classes, also by majority of train labels", type=whole(2), nargs="+", metavar="N")
     add("--filters", None, "vice: also a linear model of L filters", type=whole(), metavar="L")
     add("--data", None, "score on this data set, with probes fitted on its train split")
     add("--root", None, "where the data lies, if not where it lay at training", metavar="DIR")
@@ -1247,8 +1151,7 @@ def arguments():
     add = p.group("your own pictures")
     add("--images", None, "segment these files and folders", nargs="+", metavar="PATH")
     add("--out", None, "where results go; of --images: a new folder, or results", metavar="DIR")
-    add("--tile", None, "at full size, in overlapping tiles of N pixels; try 512", type=whole(32),
-        metavar="N")
+    add("--tile", None, "at full size, in tiles of N pixels; try 512", type=whole(32), metavar="N")
     add("--names", None, "a name per line for ids 0, 1, ...", metavar="FILE")
     add("--head", "cluster", "which probe", choices=("cluster", "linear"))
     add("--legend", False, "a legend below every overlay", action="store_true")
@@ -1278,17 +1181,14 @@ def run(options):
         raise ValueError("what is scored or used is a RUN, or --arch A for a raw backbone; "
                          "--help lists all")
     if unused:
-        raise ValueError(f"{common.flag(command)} does not use "
-                         + ", ".join(map(common.flag, sorted(unused))))
+        what = "scoring a RUN" if command == "runs" else common.flag(command)
+        raise ValueError(f"{what} does not use {', '.join(map(common.flag, sorted(unused)))}")
     if command == "official":
         return import_official(options)
     device, folder = common.start_processes(options.device), (options.runs or [None])[0]
-    if command == "images":
-        return segment(folder, options, device)
-    if command == "embed":
-        return embed(folder, options, device)
-    if command == "path":
-        return path_picture(folder, options, device)
+    use = {"images": segment, "embed": embed, "path": path_picture}.get(command)
+    if use:
+        return use(folder, options, device)
     found = [score_run(folder, options, device) for folder in options.runs or [None]]
     if common.rank() == 0 and len(found) > 1:
         print("\n" + runs_table([(folder, *x[:2]) for folder, x in zip(options.runs, found)]))
