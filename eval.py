@@ -281,8 +281,8 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
         one = 1 if rgb.device.type == "cpu" else len(rgb)  # a CPU's cache holds one image
     for name, probe in probes.items():
         cosine = hasattr(probe, "clusters")
-        low = F.conv2d(code, F.normalize(probe.clusters, dim=1)[..., None, None]) if cosine \
-            else probe(code)
+        centres = F.normalize(probe.clusters, dim=1)[..., None, None] if cosine else None
+        low = F.conv2d(code, centres) if cosine else probe(code)
         if not crf:
             found[name] = arg_max(low, size, shape)
             continue
@@ -303,12 +303,12 @@ def segment_image(model, image, crf=False, flip=False, size=None, tile=None, pro
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is uint8 (H,W,3), not {image.dtype} {image.shape}")
         image = Image.fromarray(image)
-    picture = small = data.as_rgb(image)
+    picture = resized = data.as_rgb(image)
     if size := model.eval_size if size is None else size:
         scale = min(size / min(picture.size), 8 * size / max(picture.size))  # a strip stays small
         sides = [max(1, round(side * scale)) for side in picture.size]
-        small = picture.resize(sides, Image.Resampling.BILINEAR)
-    x = (torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - common.MEAN) / common.STD
+        resized = picture.resize(sides, Image.Resampling.BILINEAR)
+    x = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - common.MEAN) / common.STD
     x = x[None].to(model.cluster.clusters.device)
     found = predict(model.eval(), x, picture.size[::-1], flip, crf, tile,
                     probes or {"cluster": model.cluster})
@@ -324,10 +324,8 @@ def batches(dataset, size, workers=0, what="evaluation", order=None):
     instead, all of them in every process."""
     indices = range(len(dataset)) if order is None else order
     keys = [indices[i:i + size] for i in range(0, len(indices), size)]
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys[common.rank()::common.world()] if order is None else keys,
-        collate_fn=list, num_workers=workers, worker_init_fn=common.quiet_worker,
-        generator=torch.Generator())  # its own: ours stays untouched
+    keys = keys[common.rank()::common.world()] if order is None else keys
+    loader = common.batches(dataset, workers, batch_sampler=keys, collate_fn=list)
     return tqdm(loader, what, leave=False, disable=common.rank() > 0, dynamic_ncols=True)
 
 
@@ -660,7 +658,8 @@ def saved_scores(path):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
+        raise ValueError(f"{path} is damaged, or older than its seal; delete it and run python "
+                         f"eval.py {path.parent}")
     return saved
 
 
@@ -880,9 +879,8 @@ def score_run(folder, options, device):
         rows |= rows_of(found, val, votes, suffix)
     if not folder:
         rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
-    split = "" if options.split == "val" else options.split
-    parts = [val.name * other, split, options.size, options.protocol]
-    prefix = "".join(re.sub(r"[^\w.]", "_", str(part)) + "-" for part in parts if part)
+    parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
+    prefix = "".join(f"{part}-" for part in parts if part)
     out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
     rows = write_report(out, model, val, result, rows, paths, prefix)
@@ -926,26 +924,24 @@ def segment(folder, options, device):
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
     model, args, _ = load_run(folder, device, options.root, options.weights)
-    probes, named = {"clusters": model.cluster}, {"clusters": model.named}
+    probe, (ids, names, palette) = model.cluster, model.named
     if options.head == "linear":
-        classes = saved_scores(Path(folder) / "scores.json").get("classes")
-        if model.linear is None or not classes:
+        probe, names = model.linear, saved_scores(Path(folder) / "scores.json").get("classes")
+        if probe is None or not names:
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
-        palette = model.named[2][:len(classes)]
-        probes = {"classes": model.linear}
-        named = {"classes": (range(len(classes)), classes, palette)}
+        ids, palette = range(len(names)), palette[:len(names)]
+    probes, named = {"clusters": probe}, {"clusters": (ids, names, palette)}
     if options.clusters:
-        train = load_data(options, args, "train", model)
-        numbers = sorted(set(options.clusters))
+        train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
         probes = clusterings(model, train, device, numbers, patch_of(model), args.seed, 4000)[0]
         named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
-    *_, (ids, names, palette) = named.values()
+        *_, (ids, names, palette) = named.values()
     several = len(named) > 1
     if options.names:
-        names = data.read_lines(Path(options.names))
-        if several or len(names) != len(palette):
-            raise ValueError(f"{options.names} holds {len(names)} names for {len(palette)} ids")
-        named = {key: (ids, names, palette) for key in named}
+        given = data.read_lines(Path(options.names))
+        if several or len(given) != len(names):
+            raise ValueError(f"{options.names} holds {len(given)} names for {len(names)} ids")
+        names, named = given, {key: (ids, given, palette) for key in named}
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
     common.write(out / ".segmented", b"")  # from now on it may be written over
@@ -958,12 +954,11 @@ def segment(folder, options, device):
             failed.append((file, error))
             continue
         maps = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
-        photo = np.array(picture)
-        row = {"photo": photo}
+        row = {"photo": np.array(picture)}
         for key, (ids, names, palette) in named.items():
             found = np.asarray(ids)[maps[key]]
-            row[key] = overlay(photo, found, palette)
-            entries[key] += [small(photo, found, len(names))] * (number in kept)
+            row[key] = overlay(row["photo"], found, palette)
+            entries[key] += [small(row["photo"], found, len(names))] * (number in kept)
         if number in shown:
             rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
         if several:
