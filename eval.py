@@ -20,6 +20,7 @@ Letters: B images, H W pixels, h w patches, D backbone width, K code width, C cl
 import argparse
 import collections
 import contextlib
+import hashlib
 import importlib
 import io
 import itertools
@@ -44,13 +45,10 @@ import data
 from crf import dense_crf
 
 # ---------------------------------------------------------------- probes
-
 class ClusterProbe(nn.Module):
     """Cosine K-means on a frozen code, by gradient: `.clusters` (clusters,K) are the centres.
-
     code (B,K,h,w) -> loss, cosines (B,clusters,h,w). The loss is minus the mean cosine of a pixel
     to its nearest centre, the only one that moves. The code is detached: the head never moves."""
-
     def __init__(self, width, clusters):
         super().__init__()
         self.clusters = nn.Parameter(torch.randn(clusters, width))
@@ -64,10 +62,8 @@ class ClusterProbe(nn.Module):
 
 class LinearProbe(nn.Conv2d):
     """A 1x1 convolution: code (B,K,h,w) -> logits (B,classes,h,w). Give it `code.detach()`.
-
     It starts at zero, as a convex problem may, and draws no random number: with or without labels
     everything else in a run stays the same bit for bit."""
-
     def __init__(self, width, classes):
         super().__init__(width, classes, 1)
 
@@ -78,7 +74,6 @@ class LinearProbe(nn.Conv2d):
 
 def linear_loss(logits, label):
     """Mean cross-entropy of logits (B,C,h,w), upsampled to label (B,H,W), over labels in [0,C).
-
     0 without any. The mean over several processes is that over all their pixels."""
     label = label.where((label >= 0) & (label < logits.shape[1]), -1)
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear")
@@ -89,7 +84,6 @@ def linear_loss(logits, label):
 
 def probe_losses(model, code, label):
     """Losses of model.cluster and model.linear on code.detach() (B,K,h,w), label (B,H,W).
-
     -> two scalars, 0 for a probe that the model does not have or train."""
     code = code.detach().float()
     cluster = linear = code.new_zeros((), requires_grad=True)
@@ -100,11 +94,9 @@ def probe_losses(model, code, label):
     return cluster, linear
 
 
-# ---------------------------------------------------------------- metric
-
+# ---------------------------------------------------------------- metric and K-means
 def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
-
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored, extra
     clusters kept. ValueError: other shapes, or a prediction outside [0,clusters).
 
@@ -127,7 +119,6 @@ def confusion_matrix(pred, label, clusters, classes):
 
 def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
-
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
     tensor([ 1,  0, -1])
@@ -152,7 +143,6 @@ def matched(confusion, assignment):
 
 def scores(confusion):
     """Scores of a confusion (classes,classes), predictions as rows; more rows are of no class.
-
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither
     prediction nor labels (iou), never predicted (precision); pixels (classes,) int64.
 
@@ -169,12 +159,9 @@ def scores(confusion):
             "iou": iou, "precision": right / predicted, "pixels": pixels.long()}
 
 
-# ---------------------------------------------------------------- k-means
-
 @torch.no_grad()
 def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
     """Spherical K-means: (n,D) -> unit centres (clusters,D), the best of `restarts` by inertia.
-
     Starts as k-means++ (Arthur and Vassilvitskii 2007), with the distance 1 - cosine. One run alone
     moves by ten points of mIoU with its start. ValueError: fewer vectors than clusters."""
     x = F.normalize(features.float(), dim=1)
@@ -209,7 +196,6 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
 
 
 # ---------------------------------------------------------------- prediction
-
 def padded(images, patch):
     """images (B,3,H,W), sides rounded up to multiples of the patch by repeating the last pixels."""
     extra = (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch)
@@ -222,7 +208,6 @@ def patch_of(model):
 
 def encode(model, images, flip=False, tile=None):
     """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
-
     flip: the mean with the mirrored code of the mirrored image. tile: in overlapping squares of
     that many pixels, blended, for images whose attention would not fit into memory."""
     images = padded(images, patch_of(model))
@@ -234,28 +219,24 @@ def encode(model, images, flip=False, tile=None):
         return model(images).float()
     tops, rows = tiles(height, tile, patch_of(model))
     lefts, columns = tiles(width, tile, patch_of(model))
-    total = weight = None
+    total = None
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
-        cell = rows // code.shape[-2]  # pixels per cell of the code
-        hat = torch.outer(*(torch.bartlett_window(n + 2)[1:-1] for n in code.shape[-2:])).to(code)
+        h, w = code.shape[-2:]
+        cell = rows // h  # pixels per cell of the code
+        hat = torch.outer(*(torch.bartlett_window(n + 2)[1:-1] for n in (h, w))).to(code)
+        code = torch.cat([code, torch.ones_like(code[:, :1])], 1) * hat  # little at a cut
         if total is None:
             total = code.new_zeros(*code.shape[:2], height // cell, width // cell)
-            weight = code.new_zeros(height // cell, width // cell)
-        place = (..., slice(top // cell, (top + rows) // cell),
-                 slice(left // cell, (left + columns) // cell))
-        total[place] += code * hat  # little weight at a cut, where context is missing
-        weight[place] += hat
-    return total / weight
+        total[..., top // cell:, left // cell:][..., :h, :w] += code
+    return total[:, :-1] / total[:, -1:]
 
 
 def tiles(side, tile, patch):
-    """Starts (multiples of the patch) and length of one side's tiles; they overlap by a quarter."""
+    """Starts and length of one side's tiles, in whole patches; they overlap by a quarter."""
     length = min(side, max(tile // patch, 4) * patch)
-    last = side - length
-    count = -(-last // max(patch, length * 3 // 4)) + 1
-    starts = {last * i // max(count - 1, 1) // patch * patch for i in range(count)}
-    return sorted(starts | {last}), length
+    step = length // patch * 3 // 4 * patch or patch
+    return [*range(0, side - length, step), side - length], length
 
 
 def upsample(x, size, shape):
@@ -285,7 +266,6 @@ def probes_of(model):
 @torch.no_grad()
 def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=None):
     """Segment normalised images (B,3,H,W) of any size -> {name of the probe: (B,*size) int64}.
-
     The code is upsampled bilinearly to `size` (default: the image's), then each pixel takes the
     nearest centre by cosine, or the largest logit. Both are linear in the code but for its length,
     which no arg-max sees: the few score maps are upsampled in place of the wide code.
@@ -301,8 +281,8 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
         one = 1 if rgb.device.type == "cpu" else len(rgb)  # a CPU's cache holds one image
     for name, probe in probes.items():
         cosine = hasattr(probe, "clusters")
-        low = F.conv2d(code, F.normalize(probe.clusters, dim=1)[..., None, None]) if cosine \
-            else probe(code)
+        centres = F.normalize(probe.clusters, dim=1)[..., None, None] if cosine else None
+        low = F.conv2d(code, centres) if cosine else probe(code)
         if not crf:
             found[name] = arg_max(low, size, shape)
             continue
@@ -315,29 +295,21 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
     return found
 
 
-def as_input(picture, size):
-    """Pillow picture -> normalised image (3,h,w), its shorter side `size` (0: as it is).
-
-    The longer side is held at eight times `size`, so that a thin strip does not fill the memory."""
-    if size:
-        scale = min(size / min(picture.size), 8 * size / max(picture.size))
-        sides = [max(1, round(side * scale)) for side in picture.size]
-        picture = picture.resize(sides, Image.Resampling.BILINEAR)
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-    return (image - common.MEAN) / common.STD
-
-
 def segment_image(model, image, crf=False, flip=False, size=None, tile=None, probes=None):
     """Segment a picture in memory, uint8 (H,W,3) or a Pillow image -> ids (H,W) int64 numpy.
-
     The same as `eval.py RUN --images` gives for that file. size: shorter side that the network
     sees, 0 as it is, None as the run was scored. probes: as in `predict`; then {name: ids}."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is uint8 (H,W,3), not {image.dtype} {image.shape}")
         image = Image.fromarray(image)
-    picture, device = data.as_rgb(image), model.cluster.clusters.device
-    x = as_input(picture, model.eval_size if size is None else size)[None].to(device)
+    picture = resized = data.as_rgb(image)
+    if size := model.eval_size if size is None else size:
+        scale = min(size / min(picture.size), 8 * size / max(picture.size))  # a strip stays small
+        sides = [max(1, round(side * scale)) for side in picture.size]
+        resized = picture.resize(sides, Image.Resampling.BILINEAR)
+    x = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - common.MEAN) / common.STD
+    x = x[None].to(model.cluster.clusters.device)
     found = predict(model.eval(), x, picture.size[::-1], flip, crf, tile,
                     probes or {"cluster": model.cluster})
     if probes:
@@ -346,18 +318,14 @@ def segment_image(model, image, crf=False, flip=False, size=None, tile=None, pro
 
 
 # ---------------------------------------------------------------- evaluation
-
 def batches(dataset, size, workers=0, what="evaluation", order=None):
     """This process's share of the batches of a data set, in order, as lists of items.
-
     A batch, and with it every count, is the same for any number of processes. order: these items
     instead, all of them in every process."""
     indices = range(len(dataset)) if order is None else order
     keys = [indices[i:i + size] for i in range(0, len(indices), size)]
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys[common.rank()::common.world()] if order is None else keys,
-        collate_fn=list, num_workers=workers, worker_init_fn=common.quiet_worker,
-        generator=torch.Generator())  # its own: ours stays untouched
+    keys = keys[common.rank()::common.world()] if order is None else keys
+    loader = common.batches(dataset, workers, batch_sampler=keys, collate_fn=list)
     return tqdm(loader, what, leave=False, disable=common.rank() > 0, dynamic_ncols=True)
 
 
@@ -372,45 +340,42 @@ def same_size(items):
 def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0,
              what="evaluation", probes=None):
     """Count predictions against labels over a whole data set; only counts are kept.
-
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "linear": None where
     there is none; "labelled": number of images with a label; "failed": [(path, reason)]}, summed
-    over processes. Without labels all pixels count as one class. model: images (B,3,H,W) -> code
-    (B,K,h,w), with .cluster, .linear (module or None), .alpha. probes: see `predict`."""
+    over processes. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster, .linear (module or
+    None), .alpha. probes: see `predict`."""
     model.eval()
-    classes, labelled, failed = max(dataset.classes, 1), 0, []
-    probes = {name: probe for name, probe in (probes or probes_of(model)).items()
-              if dataset.classes or hasattr(probe, "clusters")}
-    rows = {name: len(getattr(probe, "clusters", range(classes))) for name, probe in probes.items()}
-    counts = {name: torch.zeros(n, classes, dtype=torch.long, device=device)
-              for name, n in rows.items()}
+    classes, labelled, failed = dataset.classes, 0, []
+    probes = probes or probes_of(model)
+    counts = {name: torch.zeros(len(getattr(probe, "clusters", range(classes))), classes,
+                                dtype=torch.long, device=device) for name, probe in probes.items()}
     for items in batches(dataset, batch_size, workers, what):
         failed += [(item["path"], item["error"]) for item in items if item["error"]]
         for batch in same_size(items):
             label = batch["label"].to(device)
-            label = label if dataset.classes else torch.zeros_like(label)
-            labelled += int((label >= 0).flatten(1).any(1).sum()) * (dataset.classes > 0)
-            image = batch["image"].to(device)
-            found = predict(model, image, label.shape[-2:], flip, crf, probes=probes)
+            labelled += int((label >= 0).flatten(1).any(1).sum())
+            found = predict(model, batch["image"].to(device), label.shape[-2:], flip, crf,
+                            probes=probes)
             for name, pred in found.items():
-                counts[name] += confusion_matrix(pred, label, rows[name], classes)
+                counts[name] += confusion_matrix(pred, label, len(counts[name]), classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
     labelled = common.reduce_sum(torch.full((), labelled, device=device)).item()
-    return {"linear": None, **counts, "labelled": labelled, "failed": collect(failed)}
-
-
-def collect(mine):
-    """Lists of all processes -> one sorted list without doubles."""
-    everyone = [mine]
+    everyone = [failed] * common.world()
     if common.world() > 1:
-        everyone = [None] * common.world()
-        dist.all_gather_object(everyone, mine)
-    return sorted(set(sum(everyone, [])))
+        dist.all_gather_object(everyone, failed)
+    failed = sorted(set(sum(everyone, [])))
+    return {"linear": None, **counts, "labelled": labelled, "failed": failed}
+
+
+def tell(what, failed):
+    """A line for each image [(path, reason)] that was not "scored", ... -> exit code."""
+    for path, reason in failed:
+        common.say(f"not {what}: {path}: {reason}")
+    return 1 if failed else 0
 
 
 class Clustered(nn.Module):
     """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes, as `evaluate` takes it."""
-
     def __init__(self, encoder, patch, cluster, linear=None):
         super().__init__()
         self.encoder, self.patch, self.alpha = encoder, patch, 2
@@ -423,7 +388,6 @@ class Clustered(nn.Module):
 @torch.no_grad()
 def sample_points(encoder, dataset, device, patch=1, points=160, images=128, seed=0, workers=0):
     """Features of random cells of the feature map of `images` evenly spaced images of a data set.
-
     -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none. Interpolated
     pixels, mixtures at borders, would cost the baseline six points of mIoU on the scenes."""
     found, generator = [], torch.Generator().manual_seed(seed)
@@ -432,14 +396,12 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
             continue
         image, label = item["image"], item["label"]
         feats = encoder(padded(image[None].to(device), patch))[0].float()  # (D,h,w)
-        places = []  # of each cell's centre in the label
-        for n, side, true in zip(feats.shape[1:], image.shape[1:], label.shape):
-            centre = (torch.arange(n) + 0.5) * (-side % patch + side) / n
-            places.append((centre[centre < side] * true / side).long())
-        rows, columns = places
-        cell = torch.randint(len(rows) * len(columns), (points,), generator=generator)
-        y, x = cell // len(columns), cell % len(columns)
-        found.append((feats[:, y, x].T, label[rows[y], columns[x]].to(device)))
+        sides = zip(label.shape, image.shape[1:])  # the label's part of the padding
+        down, right = (round(true * (-side % patch) / side) for true, side in sides)
+        label = F.pad(label, (0, right, 0, down), value=-1)[None, None].float()
+        label = F.interpolate(label, feats.shape[1:], mode="nearest-exact").flatten().long()
+        cell = torch.randint(len(label), (points,), generator=generator)
+        found.append((feats.flatten(1)[:, cell].T, label[cell].to(device)))
     if not found:
         raise OSError(f"no image of {dataset.name} could be read")
     return tuple(map(torch.stack, zip(*found)))
@@ -447,8 +409,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
 
 def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
-
-    -> {number: ClusterProbe}, {number: class of each cluster by majority, where there are labels},
+    -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
     features (n,D) of at most 2^17 cells of `images` images, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(160, 2 ** 17 // images))
@@ -459,33 +420,29 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, 
         centres = kmeans(features, number, seed=seed)
         if common.world() > 1:
             dist.broadcast(centres, 0)  # the same to the last bit
-        probes[number] = ClusterProbe(*centres.T.shape)
-        probes[number].clusters.data = centres
+        probes[f"{number} clusters"] = probe = ClusterProbe(*centres.T.shape)
+        probe.clusters.data = centres
         if (labels >= 0).any():
             nearest = torch.cat([(x @ centres.T).argmax(1) for x in features.split(16384)])
-            votes[number] = majority(confusion_matrix(nearest, labels, number, dataset.classes))
+            counts = confusion_matrix(nearest, labels, number, dataset.classes)
+            votes[f"{number} clusters"] = majority(counts)
     return probes, votes, features, labels
 
 
 def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, workers=0, steps=100):
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
-
-    It starts as the logistic regression of sampled cells, features (n,D), labels (n,), -1 = none,
+    It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
     and goes on by STEGO's recipe in whole passes, `steps` at least: Adam at 5e-3, here falling to
     0, 16 images a step, cross-entropy of logits upsampled to the labels. The problem is convex."""
-    known = labels >= 0
-    mean, deviation = features[known].mean(0), features[known].std(0).clamp(min=1e-6)
-    x = (features[known] - mean) / deviation
+    x, y = features[labels >= 0], labels[labels >= 0]
+    mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x, one_hot = (x - mean) / deviation, F.one_hot(y, dataset.classes).float()
+    means = one_hot.T @ x / one_hot.sum(0)[:, None].clamp(min=1)  # (C,D) of the classes
+    within = (x - means[y]).T.cov(correction=0) + 1e-4 * torch.eye(x.shape[1], device=x.device)
+    weight = torch.linalg.solve(within, means.T).T
     probe = LinearProbe(len(mean), dataset.classes).to(device)
-    start = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        start.zero_grad()
-        logits = F.linear(x, probe.weight[:, :, 0, 0], probe.bias)
-        loss = F.cross_entropy(logits, labels[known]) + 1e-4 * probe.weight.square().sum()
-        loss.backward()
-        return loss
-    start.step(closure)
+    probe.weight.data[:, :, 0, 0] = weight
+    probe.bias.data = one_hot.mean(0).clamp(min=1e-6).log() - (weight * means).sum(1) / 2
     mean, deviation = mean[:, None, None], deviation[:, None, None]
     adam = torch.optim.Adam(probe.parameters(), 5e-3)
     generator = torch.Generator().manual_seed(seed)
@@ -505,30 +462,20 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
             adam.step()
     probe.weight.data /= deviation  # for features as they come
     probe.bias.data -= (probe.weight.data * mean).sum((1, 2, 3))
-    for parameter in probe.parameters() if common.world() > 1 else ():
-        dist.broadcast(parameter.data, 0)  # the same to the last bit
     return probe
 
 
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> (clusters,classes) on val."""
     probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed)[0]
-    model = Clustered(encoder, patch, probes[clusters])
+    model = Clustered(encoder, patch, *probes.values())
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
 
 
-def refit_clusters(run, model, images):
-    """Move a model's cluster centres to spherical K-means of its codes on the train split `images`.
-
-    Probes that learn online drop small classes: a centre that never wins never moves."""
-    model.eval()
-    number = len(model.cluster.clusters)
-    probes = clusterings(model, images, run.device, [number], patch_of(model), run.args.seed)[0]
-    model.cluster.clusters.data.copy_(probes[number].clusters)
-
-
 # ---------------------------------------------------------------- pictures
+# each is a `stack` of others, down to `box`, a line of text
 
+FONT = ImageFont.load_default(13)
 # each as far as can be from all before it, from black, grey and white, in CIELAB; none is dark
 COLOURS = data.rgb("""
     9b1efa 1efa1e fa1e1e dabb1e fa1e9b 1efabb 1e7cfa 3d7c1e fa7c7c 1ebbfa fa9bfa 9b5c1e 9bda3d
@@ -544,9 +491,8 @@ def distinct(count, taken=()):
     return np.array((free + list(pool))[:count], np.uint8).reshape(-1, 3)
 
 
-def naming(assignment, names, palette):
+def naming(assignment, names=(), palette=()):
     """Id, name and colour of every cluster -> ids (clusters,), names, palette (n,3).
-
     A matched cluster takes those of its class; the others follow behind the classes."""
     free = (assignment < 0).nonzero().flatten().tolist()
     ids = assignment.clone()
@@ -576,135 +522,98 @@ def photo_of(item):
     return rgb.round().byte().permute(1, 2, 0).numpy()
 
 
-def thumbnail(picture, height=240, smooth=False):
+def thumbnail(picture, height, smooth=False):
     """uint8 (H,W,3), or bool (H,W) -> Pillow picture of this height."""
     image = Image.fromarray(picture)
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return image.resize((max(1, round(image.width * height / image.height)), height), how)
 
 
-def font(size):
-    return ImageFont.load_default(size)
+def box(text, width=None, colour=(255, 255, 255)):
+    """A line of text on a colour, `width` pixels wide, or as wide as the text."""
+    width = width or math.ceil(FONT.getbbox(text)[2]) + 8
+    picture = Image.new("RGB", (width, 26), tuple(map(int, colour)))
+    ink = "white" if np.dot(colour, (0.3, 0.6, 0.1)) < 128 else "black"
+    ImageDraw.Draw(picture).text((4, 13), text, ink, FONT, "lm")
+    return picture
 
 
-def text_width(text, size):
-    return math.ceil(font(size).getbbox(text)[2])
-
-
-def legend(picture, names, palette, size=14):
-    """A picture with colour swatches and names below it, in columns as wide as the longest name."""
-    column = max((text_width(name, size) for name in names), default=0) + 2 * size + 16
-    columns = max(1, min(len(names), (picture.width - 12) // column))
-    rows, step, top = -(-len(names) // columns), size + 10, picture.height
-    whole = Image.new("RGB", (max(picture.width, column + 12), top + rows * step + 12), "white")
-    whole.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(whole)
-    for i, (name, colour) in enumerate(zip(names, palette)):
-        x, y = 8 + i // rows * column, top + 8 + i % rows * step
-        draw.rectangle((x, y, x + 2 * size - 6, y + size), tuple(map(int, colour)), "black")
-        draw.text((x + 2 * size, y + size // 2), name, "black", font(size), "lm")
+def stack(pictures, down=False, gap=4):
+    """Pictures side by side, or one below the other, on white."""
+    along, place = int(down), [0, 0]
+    sizes = np.reshape([picture.size for picture in pictures], (-1, 2)).astype(int) + gap
+    size = sizes.max(0, initial=1)
+    size[along] = sizes[:, along].sum()
+    whole = Image.new("RGB", tuple(size.tolist()), "white")
+    for picture in pictures:
+        whole.paste(picture, tuple(place))
+        place[along] += picture.size[along] + gap
     return whole
 
 
-def sheet(rows, titles, names, palette, captions=()):
-    """Rows of pictures under column titles, a caption over each row, a legend below."""
-    widths = [max(text_width(title, 14), *(cell.width for cell in column))
-              for title, column in zip(titles, zip(*rows))]
-    *lefts, width = itertools.accumulate((w + 6 for w in widths), initial=6)
-    head, gap = (22, 0) if captions else (0, 6)
-    height = 24 + sum(head + max(cell.height for cell in row) + gap for row in rows)
-    picture = Image.new("RGB", (max(width, 320), height), "white")
-    draw, y = ImageDraw.Draw(picture), 24
-    for x, title in zip(lefts, titles):
-        draw.text((x, 12), title, "black", font(14), "lm")
-    for row, text in zip(rows, captions or [""] * len(rows)):
-        while text_width(text, 12) > picture.width - 12:  # the end of a path says most
-            text = "..." + text[4:]
-        draw.text((6, y + 11), text, "black", font(12), "lm")
-        for x, cell in zip(lefts, row):
-            picture.paste(cell, (x, y + head))
-        y += head + max(cell.height for cell in row) + gap
-    return legend(picture, names, palette)
+def titled(pictures):
+    """{title: picture} side by side, the titles above."""
+    return stack([stack([box(title), x], down=True) for title, x in pictures.items()])
+
+
+def legend(ids, names, palette, width=640):
+    """The names of ids on their colours, as many beside each other as fit; -1 is not labelled."""
+    texts = [[*names, "not labelled"][i] for i in ids]
+    column = max((box(text).width for text in texts), default=1)
+    boxes = [box(text, column, colour) for text, colour in zip(texts, paint(ids, palette))]
+    count = max(1, width // (column + 4))
+    rows = [stack(boxes[i:i + count]) for i in range(0, len(boxes), count)]
+    return stack(rows, down=True)
 
 
 def confusion_picture(confusion, names, title):
     """Counts (classes[+1],classes), predictions as rows -> labels as rows, in % of the row."""
     columns = [*names, "no class"][:len(names) + int(confusion[len(names):].sum() > 0)]
     counts = confusion[:len(columns)].double().cpu().T.numpy()
-    labels = [f"{name}  {x:.1f} %" for name, x in zip(names, 100 * counts.sum(1) / counts.sum())]
+    texts = [f"{name}  {x:.1%}" for name, x in zip(names, counts.sum(1) / counts.sum())]
+    left = max(box(text).width for text in texts + columns)
+    heads = [box(name, left).rotate(90, expand=True) for name in columns]
+    rows = [stack([box("", left), *heads])]
+    for text, row in zip(texts, counts / counts.sum(1, keepdims=True).clip(1)):
+        blue = [255 - x * np.array([247, 191, 126]) for x in row]  # the more, the darker
+        cells = [box(f"{100 * x:.0f}" if x >= 0.005 else "", 26, y) for x, y in zip(row, blue)]
+        rows.append(stack([box(text, left), *cells]))
     note = "rows: true class and its share of the pixels; columns: prediction, % of the row"
-    cell, left = 42 if len(names) <= 12 else 30, max(text_width(x, 13) for x in labels) + 24
-    top = max(text_width(name, 13) for name in columns) + 58
-    width = max(left + cell * len(columns), text_width(title, 16), text_width(note, 12)) + 24
-    picture = Image.new("RGB", (width, top + cell * len(names) + 12), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((10, 8), title, "black", font(16))
-    draw.text((10, 32), note, "black", font(12))
-    upwards = ImageFont.TransposedFont(font(13), Image.Transpose.ROTATE_90)
-    for c, name in enumerate(columns):
-        y = top - 4 - text_width(name, 13)
-        draw.text((left + (c + 0.5) * cell - 7, y), name, "black", upwards)
-    for r, name in enumerate(labels):
-        draw.text((left - 10, top + (r + 0.5) * cell), name, "black", font(13), "rm")
-        for c, share in enumerate(counts[r] / max(counts[r].sum(), 1)):
-            x, y = left + c * cell, top + r * cell
-            shade = tuple(int(255 - share * (255 - low)) for low in (8, 64, 129))  # to dark blue
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), shade, "red" if r == c else "grey")
-            if share >= 0.005:
-                place, ink = (x + cell / 2, y + cell / 2), "white" if share > 0.5 else "black"
-                draw.text(place, f"{100 * share:.0f}", ink, font(12), "mm")
-    return picture
+    return stack([box(title), box(note), *rows], down=True)
 
 
 def samples(model, dataset, device, indices):
-    """A sheet of photo, ground truth where there are labels, and prediction as model.named says."""
+    """Photo, ground truth where there are labels, and prediction as model.named says; a legend."""
     rows, seen, (ids, names, palette) = [], set(), model.named
     for item in map(dataset.__getitem__, indices):
         found = predict(model, item["image"][None].to(device), item["label"].shape)["cluster"][0]
-        maps = [item["label"]] * (dataset.classes > 0) + [ids[found.cpu()]]
-        rows.append([thumbnail(photo_of(item), smooth=True),
-                     *(thumbnail(paint(x, palette)) for x in maps)])
-        seen.update(*(x.unique().tolist() for x in maps))
-    seen = sorted(seen, key=lambda i: (i < 0, i))  # the last: -1
-    names, palette = [*names, "not labelled"], np.concatenate([palette, [[0, 0, 0]]])
-    titles = ["photo", *["ground truth"] * (dataset.classes > 0), "prediction"]
-    return sheet(rows, titles, [names[i] for i in seen], palette[seen])
+        maps = {"ground truth": item["label"]} if dataset.classes else {}
+        maps["prediction"] = ids[found.cpu()]
+        row = {title: thumbnail(paint(x, palette), 240) for title, x in maps.items()}
+        rows.append(titled({"photo": thumbnail(photo_of(item), 240, smooth=True), **row}))
+        seen.update(*(x.unique().tolist() for x in maps.values()))
+    return stack([*rows, legend(sorted(seen), names, palette)], down=True)
 
 
-class Overview:
-    """One row per id: colour, name, share, and the five pictures in which it covers most, tinted.
+def small(photo, ids, count):
+    """photo (H,W,3), ids (H,W) -> both at a height of 120, share of each of `count` ids."""
+    shares = np.bincount(ids.ravel(), minlength=count) / ids.size
+    ids = np.asarray(thumbnail(ids.astype(np.int32), 120))
+    return np.asarray(thumbnail(photo, 120, smooth=True)), ids, shares
 
-    What one needs to give names to clusters. `add` picture by picture."""
 
-    def __init__(self, names, palette):
-        self.names, self.palette = names, palette
-        self.pixels, self.best = np.zeros(len(names), int), [[] for _ in names]
-
-    def add(self, photo, ids):
-        """photo uint8 (H,W,3), ids (H,W)."""
-        pixels = np.bincount(ids.ravel(), minlength=len(self.names))
-        self.pixels += pixels
-        small = np.asarray(thumbnail(photo, 120, smooth=True))
-        for k in pixels.nonzero()[0]:
-            share = pixels[k] / ids.size
-            if len(self.best[k]) < 5 or share > self.best[k][-1][0]:
-                inside = np.asarray(thumbnail(ids == k, 120))[..., None]
-                pale = 0.35 * small.mean(2, keepdims=True) + 150
-                tinted = np.where(inside, 0.5 * small + 0.5 * self.palette[k], pale)
-                best = [*self.best[k], (share, Image.fromarray(tinted.astype(np.uint8)))]
-                self.best[k] = sorted(best, key=lambda x: -x[0])[:5]
-
-    def share(self):
-        """Percent of all pixels that each id covers."""
-        return (100 * self.pixels / max(self.pixels.sum(), 1)).tolist()
-
-    def picture(self):
-        rows, captions, blank = [], [], Image.new("RGB", (1, 120), "white")
-        for k in np.argsort(-self.pixels, kind="stable"):
-            swatch = Image.new("RGB", (40, 120), tuple(map(int, self.palette[k])))
-            rows.append(([swatch, *(cell for _, cell in self.best[k])] + 5 * [blank])[:6])
-            captions.append(f"id {k}: {self.names[k]}, {self.share()[k]:.1f} % of all pixels")
-        return sheet(rows, ["", "covers most of", "", "", "", ""], [], [], captions)
+def overview(entries, names, palette):
+    """[`small`] -> for each id name, share, and the pictures in which it covers most; all shares.
+    What one needs to give names to clusters."""
+    shares = np.reshape([x for *_, x in entries], (-1, len(names)))
+    mean, rows = shares.sum(0) / max(len(entries), 1), []
+    for k in np.argsort(-mean, kind="stable"):
+        best = [entries[i] for i in np.argsort(-shares[:, k])[:5] if shares[i, k] > 0]
+        cells = [overlay(photo, (ids == k).astype(int), [(255, 255, 255), palette[k]])
+                 for photo, ids, _ in best]
+        text = f"id {k}: {names[k]}, {mean[k]:.1%} of all pictures"
+        rows += [box(text, 640, palette[k]), stack([Image.fromarray(x) for x in cells])]
+    return stack(rows, down=True), mean
 
 
 def write_png(path, picture):
@@ -720,7 +629,6 @@ TITLES = {"linear": "linear probe", "kmeans": "K-means, raw"}
 
 def rows_of(result, val, votes=None, suffix=""):
     """What `evaluate` counted -> {title: scores}, nothing without labels.
-
     votes: {name of a clustering: class of each cluster}, in place of a majority on val itself."""
     rows = {}
     for name, counts in result.items():
@@ -734,46 +642,68 @@ def rows_of(result, val, votes=None, suffix=""):
     return rows
 
 
-def score_table(rows, names):
-    """Text table of {title: scores}: per-class IoU and precision, mIoU and accuracy, in percent."""
-    if len(rows) > 4:  # as wide as a terminal
-        parts = list(rows.items())
-        return score_table(dict(parts[:4]), names) + "\n\n" + score_table(dict(parts[4:]), names)
-    left, wide = max(8, *map(len, names)), [max(18, len(title) + 2) for title in rows]
-    pixels = next(iter(rows.values()))["pixels"].double()
-
-    def percent(x):
-        return f"{100 * x:6.1f}" if math.isfinite(x) else "     -"
-
-    def line(name, share, cells):
-        return f"{name:{left}} {share:>8}" + "".join(f"{x:>{w}}" for x, w in zip(cells, wide))
-    lines = [line("", "", rows), line("", "pixels %", ["IoU  precision"] * len(rows))]
-    for i, name in enumerate(names):
-        cells = [f"{percent(r['iou'][i])}   {percent(r['precision'][i])}" for r in rows.values()]
-        lines.append(line(name, percent(pixels[i] / pixels.sum()), cells))
-    lines += [line(name, "", [percent(r[key]) + " " * 9 for r in rows.values()])
-              for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"))]
-    return "\n".join([*lines, "-: in neither labels nor prediction, not averaged; never predicted"])
+def seal(content):
+    """A hash of all that a scores.json holds, by which it is known to be whole and ours."""
+    text = json.dumps({**content, "seal": ""}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def saved_scores(path):
-    """What a scores.json holds, {} where there is none. ValueError: it is none of ours."""
+    """What a scores.json holds, {} where there is none. ValueError: it is not as we wrote it."""
+    if not path.exists():
+        return {}
     try:
-        saved = json.loads(path.read_bytes()) if path.exists() else {}
-        rows = [row for row in saved.values() if isinstance(row, dict) and "iou" in row]
-        shares = [x for row in rows for x in (row["miou"], row["accuracy"], *row["iou"])]
-        good = not saved or len(saved["names"]) == len(saved["palette"]) and all(
-            [isinstance(name, str) for name in saved["names"] + saved["classes"]]
-            + [len(bytes(colour)) == 3 for colour in saved["palette"]]
-            + [k in range(len(saved["names"])) for k in saved["matching"]]
-            + [x is None or 0 <= x <= 1 for x in shares]
-            + [len(row[key]) == len(saved["classes"]) for row in rows
-               for key in ("iou", "precision", "pixels")])
+        saved = json.loads(path.read_bytes())
+        whole = saved["seal"] == seal(saved)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(f"{path} is damaged; delete it and run python eval.py {path.parent}")
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged, or older than its seal; delete it and run python "
+                         f"eval.py {path.parent}")
     return saved
+
+
+def percent(x):
+    return "-" if x is None else f"{100 * x:.1f}"
+
+
+def aligned(lines):
+    """Lists of cells -> text; the first column is flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+                     for line in lines)
+
+
+def score_table(rows, names):
+    """{title: row of scores.json} -> text: IoU of each class, mIoU and accuracy, in percent."""
+    pixels = next(iter(rows.values()))["pixels"]
+    columns = [[n / max(sum(pixels), 1) for n in pixels], *(row["iou"] for row in rows.values())]
+    lines = [["IoU, %", "pixels", *(TITLES.get(key, key) for key in rows)]]
+    lines += [[name, *map(percent, cells)] for name, *cells in zip(names, *columns)]
+    for name in ("mIoU", "accuracy"):
+        lines.append([name, "", *(percent(row[name.lower()]) for row in rows.values())])
+    return aligned(lines) + "\n-: in neither labels nor prediction, not averaged"
+
+
+def runs_table(found):
+    """[(folder, options, rows)] -> a line per run, then mean and deviation over the seeds."""
+    local = {"seed", "root", "cache_features", *common.ONLY_TYPED}
+    columns = list(dict.fromkeys(key for *_, rows in found for key in rows))
+    lines = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
+    groups = collections.defaultdict(dict)  # {options but the seed: {seed: numbers}}
+    for folder, args, rows in found:
+        cells = [rows.get(key, {"miou": None, "accuracy": None}) for key in columns]
+        lines.append([folder, *(f"{percent(x['miou'])} / {percent(x['accuracy'])}" for x in cells)])
+        numbers = 100 * np.array([(x["miou"], x["accuracy"]) for x in cells], float)
+        kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
+        if args.seed in groups[kind]:
+            common.say(f"{folder} has the seed of another run: it does not count in the mean")
+        groups[kind].setdefault(args.seed, numbers)
+    for runs in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
+        both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
+        cells = [f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both]
+        lines.append([f"mean of {len(runs)} seeds", *cells])
+    return aligned(lines)
 
 
 def evenly(count, total):
@@ -784,7 +714,6 @@ def evenly(count, total):
 
 def finish(run, model, images, val, encode=None, more=None):
     """The end of every training run: score on val, write scores.json and pictures, print the table.
-
     images: the train split, on which clusters are refitted where args.probe is "kmeans", and the
     baseline's K-means. encode: (B,3,H,W) -> features (B,D,h,w) for the baseline, default the
     backbone. more: further rows, {title: confusion}. -> exit code: 1 if an image was unreadable."""
@@ -792,11 +721,15 @@ def finish(run, model, images, val, encode=None, more=None):
         return 0
     images.read_images = True  # cached features may have left it off
     if getattr(run.args, "probe", None) == "kmeans":
-        refit_clusters(run, model, images)
+        # a probe that learns online drops small classes: a centre that never wins never moves
+        numbers = [len(model.cluster.clusters)]
+        [probe] = clusterings(model.eval(), images, run.device, numbers, patch_of(model),
+                              run.args.seed)[0].values()
+        model.cluster.load_state_dict(probe.state_dict())
     run.keep(model=model)
     run.save(done=True)
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else 0
-    result = evaluate(model, val, run.device, workers=run.args.workers) | {"seconds": seconds}
+    result = evaluate(model, val, run.device, workers=run.args.workers)
     rows = rows_of(result, val)
     if val.classes:
         encode = encode or model.backbone
@@ -804,92 +737,65 @@ def finish(run, model, images, val, encode=None, more=None):
         rows["kmeans"] = scores(matched(raw, hungarian(raw)))
     rows |= {title: scores(counts) for title, counts in (more or {}).items()}
     paths = sorted({*images.paths, *val.paths})
-    write_report(run.folder, model, val, run.device, result, rows, paths)
-    return 1 if result["failed"] else 0
+    write_report(run.folder, model, val, result, {**rows, "seconds": seconds}, paths)
+    return tell("scored", result["failed"])
 
 
-def write_report(folder, model, val, device, result, rows, paths, prefix=""):
-    """Process 0 writes scores.json and pictures, then prints the table.
-
-    Rows of other commands stay as long as the weights are the same. paths: the photos that
-    overview.png chooses from where there are no labels."""
+def write_report(folder, model, val, result, found, paths, prefix=""):
+    """Process 0 writes scores.json and pictures, then prints the table -> its rows.
+    found: rows and what else scores.json shall hold. What it held stays, as long as the weights are
+    the same. paths: the photos that overview.png chooses from where there are no labels."""
     if common.rank() > 0:
-        return
-    counts = result["cluster"]
+        return {}
+    counts, device = result["cluster"], model.cluster.clusters.device
     assignment = hungarian(counts) if val.classes else torch.full((len(counts),), -1)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
     path, weights = folder / f"{prefix}scores.json", common.digest(model)
     before = saved_scores(path)
     before = before if before.get("weights") == weights else {}
-    facts = {key: result[key] for key in ("labelled", "failed", "seconds") if key in result}
-    content = {**before, **facts, **rows, "images": len(val), "classes": val.names,
-               "names": names, "palette": palette.tolist(), "matching": ids, "weights": weights,
-               "versions": common.versions(torch.device(device))}
+    content = {**before, **found, "images": len(val), "labelled": result["labelled"],
+               "failed": result["failed"], "classes": val.names, "names": names,
+               "palette": palette.tolist(), "matching": ids, "weights": weights,
+               "versions": common.versions(device)}
     text = json.dumps(content, default=torch.Tensor.tolist)
     content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    content["seal"] = seal(content)
     common.write(path, json.dumps(content, indent=1).encode())
     pictures = {"samples.png": samples(model, val, device, evenly(4, len(val)))}
-    if rows:
+    if val.classes:
         title = f"{val.name} {val.split}: clusters, named by Hungarian matching"
         pictures["confusion.png"] = confusion_picture(matched(counts, assignment), val.names, title)
     else:
-        overview = Overview(names, palette)
-        for photo, error in map(readable, [paths[i] for i in evenly(100, len(paths))]):
-            if not error:
-                overview.add(np.array(photo), segment_image(model, photo))
-        pictures["overview.png"] = overview.picture()
+        photos = (data.attempt(data.read_image, paths[i])[0] for i in evenly(100, len(paths)))
+        entries = [small(np.array(x), segment_image(model, x), len(names)) for x in photos if x]
+        pictures["overview.png"] = overview(entries, names, palette)[0]
     for name, picture in pictures.items():
         write_png(folder / (prefix + name), picture)
-    for file, reason in result["failed"]:
-        common.say(f"not scored: {file}: {reason}")
+    rows = {key: x for key, x in content.items()
+            if isinstance(x, dict) and "iou" in x and key in {*found, "kmeans"}}
     print(f"\n{val.name} {val.split}: {len(val) - len(result['failed'])} images, "
           f"{result['labelled']} of them with labels")
-    print(score_table({TITLES.get(key, key): x for key, x in rows.items()}, val.names) if rows
+    print(score_table(rows, val.names) if rows
           else "no labels, hence no scores; overview.png shows what was found")
     print("wrote " + ", ".join(str(folder / (prefix + x)) for x in ["scores.json", *pictures]))
-
-
-def runs_table(folders, found):
-    """A Markdown line per run, then mean and deviation over the seeds of each configuration."""
-    local = "seed out device workers resume save_every cache_features root compile json".split()
-    columns = list(dict.fromkeys(key for _, rows in found for key in rows))
-    lines = [["mIoU / accuracy, %", *(TITLES.get(key, key) for key in columns)]]
-    groups = collections.defaultdict(dict)  # {options but the seed: {seed: numbers}}
-    for folder, (args, rows) in zip(folders, found):
-        cells = [rows.get(key, {"miou": math.nan, "accuracy": math.nan}) for key in columns]
-        numbers = 100 * np.array([(cell["miou"], cell["accuracy"]) for cell in cells])
-        lines.append([str(folder), *(f"{a:.1f} / {b:.1f}" for a, b in numbers)])
-        kind = json.dumps({k: v for k, v in vars(args).items() if k not in local}, sort_keys=True)
-        if args.seed in groups[kind]:
-            common.say(f"{folder} has the seed of another run: it does not count in the mean")
-        groups[kind].setdefault(args.seed, numbers)
-    for runs in (list(runs.values()) for runs in groups.values() if len(runs) > 1):
-        both = zip(np.mean(runs, 0), np.std(runs, 0, ddof=1))
-        lines.append([f"mean of {len(runs)} seeds",
-                      *(f"{m[0]:.1f} ± {d[0]:.1f} / {m[1]:.1f} ± {d[1]:.1f}" for m, d in both)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return rows
 
 
 # ---------------------------------------------------------------- runs
-
 def load_run(folder, device="cpu", root=None, weights=None):
     """A trained run -> model (in eval mode, on the device), its options, its checkpoint.
-
     The model is `Model` of METHOD.py beside this file, ours or your own, made from the checkpoint's
     options alone. root, weights: where data and backbone lie, if elsewhere than at training. It has
     .eval_size and .named, what `naming` gave when it was scored. FileNotFoundError, ValueError."""
     checkpoint = common.load_checkpoint(folder)
     path, method = Path(folder) / "last.pt", checkpoint["method"]
-    own = method.isidentifier() and method not in ("common", "data", "eval", "crf", "test_all")
-    own = own and Path(__file__).with_name(f"{method}.py").is_file()
-    module = importlib.import_module(method) if own else None
+    own = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    module = importlib.import_module(method) if method in own else None
     if not hasattr(module, "Model"):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
-    args = common.check_args(module.arguments(), checkpoint["args"], folder)
-    args = argparse.Namespace(**args)
+    saved = common.check_args(module.arguments(), checkpoint["args"], folder)
+    args = argparse.Namespace(**saved)
     args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
@@ -899,10 +805,10 @@ def load_run(folder, device="cpu", root=None, weights=None):
         common.load_trained(model, checkpoint["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} makes no {method}.Model: {data.describe(error)}") from None
-    found, clusters = saved_scores(Path(folder) / "scores.json"), len(model.cluster.clusters)
+    found = saved_scores(Path(folder) / "scores.json")
     model.eval_size = getattr(args, "eval_size", args.size)
-    model.named = naming(torch.full((clusters,), -1), [], [])
-    if found.get("weights") == common.digest(model) and len(found["matching"]) == clusters:
+    model.named = naming(torch.full((len(model.cluster.clusters),), -1))
+    if found.get("weights") == common.digest(model):
         palette = np.array(found["palette"], np.uint8)
         model.named = torch.tensor(found["matching"]), found["names"], palette
     return model.to(device).eval(), args, checkpoint
@@ -929,39 +835,13 @@ def load_data(options, args, split, model):
                      size=-(-size // patch) * patch, protocol=protocol)
 
 
-def fitted(model, options, args, val, device, method):
-    """Probes that `eval.py` fits on the train split -> {name: probe}, {name: majority classes}.
-
-    --clusters on the code; on another data set, and for a raw backbone, a linear model as well,
-    ViCE's own for a run of ViCE or with --filters."""
-    raw, other = method is None, options.data not in (None, args.data)
-    own = None if raw else getattr(importlib.import_module(method), "fit_linear", None)
-    if options.filters and not own:
-        raise ValueError(f"--filters: {method}.py has no linear model with filters")
-    numbers = options.clusters or [val.classes or 27] * (other or raw)
-    if not numbers and not options.filters:
-        return {}, {}
-    train = load_data(options, args, "train", model)
-    images = len(train) if raw else 4000
-    probes, votes, codes, labels = clusterings(
-        model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
-    probes = {f"{number} clusters": probe for number, probe in probes.items()}
-    votes = {f"{number} clusters": classes for number, classes in votes.items()}
-    if options.filters or other and own:
-        filters = options.filters or args.filters
-        probes[f"linear, {filters} filters"] = own(model, train, filters, args)
-    elif (raw or other) and (labels >= 0).any():
-        probes["linear" + ", fitted here" * other] = fit_linear(
-            model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
-    return probes, votes
-
-
 def score_run(folder, options, device):
     """`python eval.py RUN`, or without a folder --arch -> options of the run, its rows, exit code.
-
-    Where a run is scored in another way than by itself, the files' names say so."""
+    --clusters are fitted on the codes of the train split; on another data set, and for a raw
+    backbone, a linear model as well, ViCE's own for a run of ViCE or with --filters. Where a run is
+    scored in another way than by itself, the files' names say so."""
     model, args, checkpoint = open_run(folder, options, device)
-    val = load_data(options, args, options.split, model)
+    val, probes, votes = load_data(options, args, options.split, model), {}, {}
     other = options.data not in (None, args.data)
     if not checkpoint["done"]:
         common.say(f"{folder} has not been trained to its end, its clusters are not final; go on "
@@ -969,103 +849,94 @@ def score_run(folder, options, device):
     if folder and not other and options.split == "val":
         backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
         common.tell_differences(checkpoint, backbone, val=val.files())
-    probes, votes = fitted(model, options, args, val, device, checkpoint.get("method"))
-    if folder:
-        own = {name: probe for name, probe in probes_of(model).items()
-               if name == "cluster" or not other}  # the classes of another set are not the run's
-        probes = {**own, **probes}
-    else:
+    fit = folder and getattr(importlib.import_module(checkpoint["method"]), "fit_linear", None)
+    if options.filters and not fit:
+        raise ValueError(f"--filters: {checkpoint['method']}.py has no linear model with filters")
+    numbers = options.clusters or [val.classes or 27] * (other or not folder)
+    if numbers or options.filters:
+        train = load_data(options, args, "train", model)
+        images = 4000 if folder else len(train)
+        probes, votes, codes, labels = clusterings(
+            model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
+    if options.filters or other and fit:
+        filters = options.filters or args.filters
+        probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
+    elif (other or not folder) and (labels >= 0).any():
+        probes["linear" + ", fitted here" * other] = fit_linear(
+            model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
+    if not folder:
         model.cluster = probes["cluster"] = probes.pop(next(iter(probes)))
-    result = evaluate(model, val, device, False, False, options.batch_size, options.workers,
-                      probes=probes)
-    rows = rows_of(result, val, votes)
+    elif other:  # the classes of the run's linear probe are not those of another set
+        probes = {"cluster": model.cluster, **probes}
+    else:
+        probes = probes_of(model) | probes
+    result, rows = {}, {}
+    for flip, crf in sorted({(False, False), (options.flip, options.crf)}):
+        suffix = " + flip" * flip + " + CRF" * crf
+        found = evaluate(model, val, device, flip, crf, options.batch_size, options.workers,
+                         suffix[3:] or "evaluation", probes)
+        result = result or found
+        rows |= rows_of(found, val, votes, suffix)
     if not folder:
         rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
-    if options.flip or options.crf:
-        suffix = " + flip" * options.flip + " + CRF" * options.crf
-        more = evaluate(model, val, device, options.flip, options.crf, options.batch_size,
-                        options.workers, suffix[3:], probes)
-        rows |= rows_of(more, val, votes, suffix)
+    parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
+    prefix = "".join(f"{part}-" for part in parts if part)
     out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
-    split = "" if options.split == "val" else options.split
-    parts = [val.name * other, split, options.size, options.protocol]
-    prefix = "".join(re.sub(r"[^\w.]", "_", str(part)) + "-" for part in parts if part)
-    before = saved_scores(out / f"{prefix}scores.json")
-    if folder and "kmeans" in before and before.get("weights") == common.digest(model):
-        rows["kmeans"] = {key: torch.from_numpy(np.array(x, float))  # measured when training ended
-                          for key, x in before["kmeans"].items()}
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
-    write_report(out, model, val, device, result, rows, paths, prefix)
-    return args, rows, 1 if result["failed"] else 0
+    rows = write_report(out, model, val, result, rows, paths, prefix)
+    return args, rows, tell("scored", result["failed"])
 
 
 # ---------------------------------------------------------------- your own pictures
-
-def readable(file):
-    """Image file -> Pillow picture, why it cannot be read."""
-    try:
-        return data.read_image(str(file)), ""
-    except Exception as error:  # Pillow raises nearly anything, and the other files must go on
-        return None, data.describe(error)
-
-
 def list_inputs(paths, out):
-    """Files and folders -> [(file, name of its result without suffix)], subfolders kept.
-
+    """Files and folders -> {name of its result without suffix: file}, subfolders kept.
     a.jpg and a.png beside each other give a.jpg.png and a.png.png, legend.jpg gives legend.jpg.png.
-    ValueError or FileNotFoundError: no image, or results would lie among the photos."""
+    ValueError, FileNotFoundError: no image; two of one name; OUT is no folder of our results."""
     found, several = [], sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"--images {path} does not exist")
-        if path.is_file():
-            found.append((path, Path(path.name)))
-        else:
+        if path.is_dir():
             at = Path(path.resolve().name if several else "")
             found += [(path / name, at / name) for name in data.list_images(path)]
+        elif path.exists():
+            found.append((path, Path(path.name)))
+        else:
+            raise FileNotFoundError(f"--images {path} does not exist")
     if not found:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))}")
-    for file, _ in found:
-        if out.resolve() in file.resolve().parents:
-            raise ValueError(f"{file} lies in --out {out}: results need a folder of their own")
+    foreign = out.exists() and any(out.iterdir()) and not (out / ".segmented").exists()
+    if foreign or any(out.resolve() in file.resolve().parents for file, _ in found):
+        raise ValueError(f"{out} holds other files: results need a folder of their own, a new one")
     stems = collections.Counter(name.with_suffix("") for _, name in found)
     stems.update(map(Path, ("legend", "overview", "contact")))  # taken
-    return [(file, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
-            for file, name in found]
-
-
-def claim(out, names):
-    """Note in OUT/.segmented which files are ours; ValueError where one was there before."""
-    mark = out / ".segmented"
-    ours = set(json.loads(mark.read_bytes())) if mark.is_file() else set()
-    for name, count in collections.Counter(names).items():
-        if count > 1 or (out / name).exists() and name not in ours:
-            raise ValueError(f"{out / name} would be written {'twice' if count > 1 else 'over'}; "
-                             "choose another --out, or fewer --images at a time")
-    common.write(mark, json.dumps(sorted({*ours, *names})).encode())
+    inputs = {str(name if stems[name.with_suffix("")] > 1 else name.with_suffix("")): file
+              for file, name in found}
+    if len({*inputs, *(f"{name}_overlay" for name in inputs)}) < 2 * len(found):
+        raise ValueError("two images would have one result; take fewer --images at a time")
+    return inputs
 
 
 def segment(folder, options, device):
     """`python eval.py RUN --images PATH... --out DIR`: segment files and folders -> exit code.
-
     Per image NAME.png, a palette PNG whose values are ids, and NAME_overlay.png; legend.png,
-    legend.txt (id, name, share of the pixels) and overview.png. Several --clusters: contact.png and
-    overviews alone. An unreadable file is listed, and the exit code is 1."""
+    legend.txt (id, name, share of the pixels), overview.png and contact.png. Several --clusters:
+    contact.png and overviews alone. An unreadable file is listed, and the exit code is 1."""
+    if not options.out:
+        raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
     model, args, _ = load_run(folder, device, options.root, options.weights)
-    probes, named = {"": model.cluster}, {"": model.named}
+    probe, (ids, names, palette) = model.cluster, model.named
     if options.head == "linear":
-        classes = saved_scores(Path(folder) / "scores.json").get("classes")
-        if model.linear is None or not classes:
+        probe, names = model.linear, saved_scores(Path(folder) / "scores.json").get("classes")
+        if probe is None or not names:
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
-        palette = model.named[2][:len(classes)]
-        probes, named = {"": model.linear}, {"": (torch.arange(len(classes)), classes, palette)}
+        ids, palette = range(len(names)), palette[:len(names)]
+    probes, named = {"clusters": probe}, {"clusters": (ids, names, palette)}
     if options.clusters:
-        train = load_data(options, args, "train", model)
-        probes = clusterings(model, train, device, options.clusters, patch_of(model), args.seed,
-                             4000)[0]
-        named = {number: naming(torch.full((number,), -1), [], []) for number in probes}
-    (ids, names, palette), several = named[max(named)], len(probes) > 1
+        train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
+        probes = clusterings(model, train, device, numbers, patch_of(model), args.seed, 4000)[0]
+        named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
+        *_, (ids, names, palette) = named.values()
+    several = len(named) > 1
     if options.names:
         given = data.read_lines(Path(options.names))
         if several or len(given) != len(names):
@@ -1073,57 +944,55 @@ def segment(folder, options, device):
         names, named = given, {key: (ids, given, palette) for key in named}
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
-    overviews = {key: Overview(*entry[1:]) for key, entry in named.items()}
-    sheets = {key: f"overview-{key}.png" if several else "overview.png" for key in named}
-    each = [f"{name}{end}.png" for _, name in inputs for end in ("", "_overlay")]
-    each = ["contact.png"] if several else ["legend.png", "legend.txt", *each]
-    claim(out, [*sheets.values(), *each])
-    failed, rows, shown = [], [], evenly(12, len(inputs))
+    common.write(out / ".segmented", b"")  # from now on it may be written over
+    failed, rows, entries = [], [], {key: [] for key in named}
+    shown, kept = (evenly(n, len(inputs)) for n in (12, 1000))
     size = 0 if options.tile and options.size is None else options.size
-    for number, (file, name) in enumerate(tqdm(inputs, "segmentation", leave=False)):
-        picture, error = readable(file)
+    for number, (name, file) in enumerate(tqdm(inputs.items(), "segmentation", leave=False)):
+        picture, error = data.attempt(data.read_image, str(file))
         if error:
             failed.append((file, error))
             continue
-        found = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
-        photo, row = np.array(picture), []
-        for key, (ids, _, palette) in named.items():
-            found[key] = ids.numpy()[found[key]]
-            overviews[key].add(photo, found[key])
-            row.append(overlay(photo, found[key], palette))
-        if several and number in shown:
-            rows.append([thumbnail(x, 160, smooth=True) for x in (photo, *row)])
-        if not several:
-            result = Image.fromarray(found[key].astype(np.uint8))
-            result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
-            write_png(out / f"{name}.png", result)
-            tinted, seen = Image.fromarray(row[0]), np.unique(found[key])
-            if options.legend:
-                tinted = legend(tinted, [names[k] for k in seen], palette[seen])
-            write_png(out / f"{name}_overlay.png", tinted)
-    for key, overview in overviews.items():
-        write_png(out / sheets[key], overview.picture())
-    if several:
-        titles = ["photo", *(f"{number} clusters" for number in named)]
-        write_png(out / "contact.png", sheet(rows, titles, names, palette))
-    else:
-        entries = [(k, name, x) for k, (name, x) in enumerate(zip(names, overview.share()))]
-        text = "".join(f"{k}\t{name}\t{x:.2f} %\n" for k, name, x in entries)
+        maps = segment_image(model, picture, options.crf, options.flip, size, options.tile, probes)
+        row = {"photo": np.array(picture)}
+        for key, (ids, names, palette) in named.items():
+            found = np.asarray(ids)[maps[key]]
+            row[key] = overlay(row["photo"], found, palette)
+            entries[key] += [small(row["photo"], found, len(names))] * (number in kept)
+        if number in shown:
+            rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
+        if several:
+            continue
+        result, tinted = Image.fromarray(found.astype(np.uint8)), Image.fromarray(row[key])
+        result.putpalette(palette.tobytes())  # "L" becomes "P": the values stay
+        write_png(out / f"{name}.png", result)
+        if options.legend:
+            below = legend(np.unique(found), names, palette, tinted.width)
+            tinted = stack([tinted, below], down=True)
+        write_png(out / f"{name}_overlay.png", tinted)
+    for key, (_, names, palette) in named.items():
+        end = "-" + key.split()[0] if several else ""
+        picture, shares = overview(entries[key], names, palette)
+        write_png(out / f"overview{end}.png", picture)
+    rows.append(legend(range(len(names)), names, palette))
+    write_png(out / "contact.png", stack(rows, down=True))
+    if not several:
+        lines = list(zip(range(256), names, 100 * shares))
+        text = "".join(f"{k}\t{name}\t{x:.2f} %\n" for k, name, x in lines)
         common.write(out / "legend.txt", text.encode())
-        entries = [f"{k}: {name}, {x:.1f} %" for k, name, x in entries]
-        write_png(out / "legend.png", legend(Image.new("RGB", (640, 1), "white"), entries, palette))
-    for file, error in failed:
-        common.say(f"not segmented: {file}: {error}")
+        texts = [f"{k}: {name}, {x:.1f} %" for k, name, x in lines]
+        write_png(out / "legend.png", legend(range(len(names)), texts, palette))
     print(f"segmented {len(inputs) - len(failed)} of {len(inputs)} images into {out}; look at "
           + ("contact.png" if several else "overview.png, and name the ids with --names FILE"))
-    return 1 if failed else 0
+    return tell("segmented", failed)
 
 
 # ---------------------------------------------------------------- a look inside
-
 @torch.no_grad()
-def embed(model, dataset, folder, device):
-    """Write the code of every image of a split as NAME.npy, float32 (K,h,w)."""
+def embed(folder, options, device):
+    """Write the code of every image of a split as NAME.npy, float32 (K,h,w) -> exit code."""
+    model, args, _ = open_run(folder, options, device)
+    dataset = load_data(options, args, options.split, model)
     root, failed = os.path.commonpath([os.path.dirname(path) for path in dataset.paths]), []
     for [item] in batches(dataset, 1, what="embedding"):
         if item["error"]:
@@ -1132,118 +1001,114 @@ def embed(model, dataset, folder, device):
         buffer = io.BytesIO()
         np.save(buffer, encode(model, item["image"][None].to(device))[0].cpu().numpy())
         name = os.path.relpath(item["path"], root) + ".npy"
-        common.write(Path(folder) / name, buffer.getbuffer())
-    failed = collect(failed)
-    for path, reason in failed:
-        common.say(f"not embedded: {path}: {reason}")
-    common.say(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {folder}")
-    return 1 if failed else 0
+        common.write(Path(options.embed) / name, buffer.getbuffer())
+    print(f"wrote {len(dataset) - len(failed)} codes (K,h,w) to {options.embed}")
+    return tell("embedded", failed)
 
 
 def principal_colours(x):
     """Map (K,h,w) -> uint8 (h,w,3): its first three principal components as red, green, blue."""
     pixels = x.flatten(1).T - x.mean((1, 2))  # (n,K)
-    rgb = pixels @ torch.linalg.eigh(pixels.T @ pixels)[1].flip(1)[:, :3]  # the largest first
+    rgb = pixels @ torch.linalg.svd(pixels, full_matrices=False)[2][:3].T
     low, high = rgb.quantile(torch.tensor([0.02, 0.98]), 0)
     rgb = 255 * ((rgb - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
     return rgb.byte().view(*x.shape[1:], 3).numpy()
 
 
 @torch.no_grad()
-def path_picture(model, item, device):
-    """One image at every station from file to score; features and code in `principal_colours`."""
+def path_picture(folder, options, device):
+    """One image at every station from file to score, features and code in `principal_colours`."""
+    model, args, _ = load_run(folder, device, options.root, options.weights)
     if not hasattr(model, "backbone"):
         raise ValueError("--path shows the way through a frozen backbone; this run has none")
-    ids, names, palette = model.named
+    dataset, (ids, names, palette) = load_data(options, args, options.split, model), model.named
+    item = dataset[len(dataset) // 2]
     image, label = item["image"][None].to(device), item["label"]
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
     code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
-    stations = [("image", item["image"], photo_of(item)),
-                ("features", feats, principal_colours(feats)),
-                ("code", code, principal_colours(code)),
-                ("clusters", found, paint(found, distinct(len(ids)))),
-                ("classes", found, paint(ids[found], palette)),
-                ("ground truth", label, paint(label, palette))]
-    seen = sorted({*ids[found].unique().tolist(), *label.unique().tolist()} - {-1})
-    titles = [f"{title} {'x'.join(map(str, x.shape))}" for title, x, _ in stations]
-    return sheet([[thumbnail(picture, 180) for *_, picture in stations]], titles,
-                 [names[i] for i in seen], palette[seen])
+    stations = {"image": (item["image"], photo_of(item)),
+                "features": (feats, principal_colours(feats)),
+                "code": (code, principal_colours(code)),
+                "clusters": (found, paint(found, distinct(len(ids)))),
+                "classes": (found, paint(ids[found], palette)),
+                "ground truth": (label, paint(label, palette))}
+    row = {f"{title} {'x'.join(map(str, x.shape))}": thumbnail(picture, 180)
+           for title, (x, picture) in stations.items()}
+    seen = np.unique(np.concatenate([ids[found], label], None))
+    file = Path(options.out or folder) / "path.png"
+    write_png(file, stack([titled(row), legend(seen, names, palette, 1000)], down=True))
+    print(f"wrote {file}")
+    return 0
 
 
 # ---------------------------------------------------------------- the authors' checkpoints
 
-# published name -> ours, by prefix; what has no place in our models stays behind
-STEGO_HEAD = {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp."}
-OFFICIAL = {
-    "stego": {**{"net." + a: b for a, b in STEGO_HEAD.items()}, "cluster_probe.": "cluster.",
-              "linear_probe.": "linear."},
-    "hp": {**STEGO_HEAD, "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
+OFFICIAL = {  # published name -> ours, by prefix; what has no place in our models stays behind
+    "stego": {"net.cluster1.0.": "head.linear.", "net.cluster2.": "head.mlp.",
+              "cluster_probe.": "cluster.", "linear_probe.": "linear."},
+    "hp": {"cluster1.0.": "head.linear.", "cluster2.": "head.mlp.",
+           "ema_model1.0.": "momentum.linear.", "ema_model2.": "momentum.mlp.",
            "linear_model_state_dict.": "linear.", "cluster_model_state_dict.": "cluster."},
-    "cause": {"head_ema.": "head_ema.", "head.": "head.", "codebook": "codebook",
-              "linear.f.": "linear.", "cluster_probe": "cluster.clusters",
-              "projection_head.f.": "projection.",
-              "projection_head_ema.f.": "teacher_projection."}}
+    "cause": {"head.": "student.", "head_ema.": "teacher.", "codebook": "codebook",
+              "projection_head.f.": "projection.", "projection_head_ema.f.": "teacher_projection.",
+              "linear.f.": "linear.", "cluster_probe": "cluster.clusters"}}
 
 
 def read_official(method, files):
-    """A published checkpoint's tensors under our names; those of CAUSE's heads keep theirs."""
-    tensors = {}
-    for file in files:
-        content = common.read_tensors(file)
+    """A published checkpoint's tensors under our names; those inside CAUSE's heads keep theirs."""
+    found = {}
+    for content in map(common.read_tensors, files):
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        nested = {f"{key}.{name}": x for key, part in content.items() if isinstance(part, dict)
-                  for name, x in part.items()}  # HP: one dictionary per module
-        for key, x in {**content, **nested}.items():
-            key = str(key).removeprefix("net_model_state_dict.").removeprefix("module.")
-            old = next((old for old in OFFICIAL[method] if key.startswith(old)), None)
-            if torch.is_tensor(x) and old is not None:
-                tensors[OFFICIAL[method][old] + key[len(old):]] = x.clone().float()
-    if not {"linear.weight", "cluster.clusters"} <= set(tensors):
-        raise ValueError(f"{', '.join(files)} holds no probes of {method}; is it one of {method}?")
-    return tensors
+        for key, x in content.items():  # HP: one dictionary per module
+            parts = x.items() if isinstance(x, dict) else ()
+            found |= {key: x, **{f"{key}.{name}": y for name, y in parts}}
+    found = {re.sub(r"^(net_model_state_dict\.|module\.)*", "", str(key)): x
+             for key, x in found.items() if torch.is_tensor(x)}
+    return {new + key[len(old):]: x.clone().float() for old, new in OFFICIAL[method].items()
+            for key, x in found.items() if key.startswith(old)}
 
 
 def import_official(options):
     """`python eval.py --official METHOD FILE... --data NAME --arch A --out RUN`: published weights.
-
     stego: the Lightning .ckpt; hp: ckpt.pth; cause: segment_*.pth cluster_*.pth of one training.
     The backbone stays in the file of stego and hp. ValueError says what does not fit."""
     method, *files = options.official
-    if method not in OFFICIAL or not (files and options.data and options.arch and options.out):
+    if method not in OFFICIAL or not (files and options.data and options.out):
         raise ValueError(f"--official takes a method ({', '.join(OFFICIAL)}) and its files; with "
                          "--data and --arch, what they were trained on, and --out RUN")
     folder, module = Path(options.out), importlib.import_module(method)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out")
     tensors = read_official(method, files)
-    words = ["--data", options.data, "--arch", options.arch]
-    args = common.parse(module.arguments, module.PRESETS, words)
-    args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
-    args.clusters, args.root, args.out = len(tensors["cluster.clusters"]), options.root, str(folder)
-    own_backbone = os.path.abspath(files[0]) if method in ("stego", "hp") else None
-    args.weights = options.weights or own_backbone
-    if method == "cause":
-        heads = {key: tensors.pop(key) for key in list(tensors) if key.startswith("head")}
-        args.head = "tr" if len(heads.get("head.query_pos", ())) else "mlp"
-        args.size = args.eval_size = 322 if args.arch.endswith("14") else 320
-        args.codes = len(tensors["codebook"])
-        args.projection_dim = len(tensors["projection.weight"])
-        args.heads = 12 if args.arch in ("vits8", "vits16") else None  # as its authors built DINO's
+    words = ["--data", options.data, "--arch", options.arch, "--out", options.out]
+    args, cause = common.parse(module.arguments, module.PRESETS, words), method == "cause"
+    args.root, args.weights = options.root, options.weights
+    try:
+        args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
+        args.clusters = len(tensors["cluster.clusters"])
+        if cause:
+            args.head = "tr" if "student.query_pos" in tensors else "mlp"
+            args.size = args.eval_size = 322 if args.arch.endswith("14") else 320
+            args.codes = len(tensors["codebook"])
+            args.projection_dim = len(tensors["projection.weight"])
+            args.heads = 12 if args.arch in ("vits8", "vits16") else None  # as its authors built it
+        elif not args.weights:
+            args.weights = os.path.abspath(files[0])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{', '.join(files)} holds no probes of {method}: no {error}") from None
     model = module.Model(args)
-    if method == "cause":
-        module.load_published_head(heads, model.teacher)  # takes head_ema. where it is
-        student = {key: x for key, x in heads.items() if key.startswith("head.")}
-        module.load_published_head(student, model.student)
+    for name in ("student", "teacher") if cause else ():
+        head = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith(name + ".")}
+        module.load_published_head(head, getattr(model, name))
     own = common.trained(model)
     for key, x in own.items():
-        if key.startswith(("teacher.", "student.")):  # CAUSE: filled in above
-            tensors.setdefault(key, x)
-        if key.startswith(("head.mlp.", "project")):  # a linear head; HP's Z is not saved
+        if key.startswith(("student.", "teacher.")):  # filled in above
+            tensors[key] = x
+        if key.startswith(("head.mlp.", "projection")):  # a linear head; HP's Z is not saved
             tensors.setdefault(key, torch.zeros_like(x))
         if key in tensors and tensors[key].numel() == x.numel():
             tensors[key] = tensors[key].view_as(x)  # 1x1 convolutions as matrices
     common.load_trained(model, {key: x for key, x in tensors.items() if key in own})
-    common.write(folder / "args.json", json.dumps(vars(args), indent=1).encode())
     common.save({"method": method, "args": vars(args), "model": common.trained(model), "state": {},
                  "phase": 0, "step": 0, "done": True, "rng": [], "log": 0, "images": {},
                  "backbone": common.digest(model.backbone)}, folder / "last.pt")
@@ -1253,29 +1118,24 @@ def import_official(options):
 
 # ---------------------------------------------------------------- command line
 
-COMMANDS = {  # what it does -> how many runs, and the options that it uses beside --device
-    "official": (0, 0, "official data arch out root weights"),
-    "images": (1, 1, "images out root weights size crf flip tile clusters names head legend"),
-    "embed": (0, 1, "embed data root split protocol size weights arch depth"),
-    "path": (1, 1, "path out data root split protocol size weights"),
-    "RUN": (1, 999, "data root split protocol size weights batch_size workers crf flip clusters "
-            "filters"),
-    "arch": (0, 0, "arch depth seed out data root split protocol size weights batch_size workers "
-             "crf flip clusters")}
+COMMANDS = {  # option that says what is done -> what else it uses, beside --device
+    "official": "data arch out root weights",
+    "images": "runs out root weights size crf flip tile clusters names head legend",
+    "embed": "runs data root split protocol size weights arch depth",
+    "path": "runs out data root split protocol size weights",
+    "arch": "depth seed out data root split protocol size weights batch_size workers crf flip "
+            "clusters",
+    "runs": "data root split protocol size weights batch_size workers crf flip clusters filters"}
 
 
 def arguments():
     p, whole = common.Parser(__doc__), common.whole
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
-
-    def switch(name, help):
-        add(name, False, help, action="store_true")
     add = p.group("scoring")
-    switch("--crf", "also with the fully connected CRF")
-    switch("--flip", "also with the code averaged over the mirrored image")
-    add("--clusters", None, "also K-means with N centres on the code; N that is not the number of "
-        "classes by Hungarian, and by majority of train labels", type=whole(2), nargs="+",
-        metavar="N")
+    add("--crf", False, "also with the fully connected CRF", action="store_true")
+    add("--flip", False, "also with the code averaged over the mirrored image", action="store_true")
+    add("--clusters", None, "also K-means with N centres on the code; where N is not the number of "
+        "classes, also by majority of train labels", type=whole(2), nargs="+", metavar="N")
     add("--filters", None, "vice: also a linear model of L filters", type=whole(), metavar="L")
     add("--data", None, "score on this data set, with probes fitted on its train split")
     add("--root", None, "where the data lies, if not where it lay at training", metavar="DIR")
@@ -1285,18 +1145,16 @@ def arguments():
         "with --images, 0 leaves images as they are", type=whole(0, 8192), metavar="PIXELS")
     add = p.group("your own pictures")
     add("--images", None, "segment these files and folders", nargs="+", metavar="PATH")
-    add("--out", None, "where results go", metavar="DIR")
-    add("--tile", None, "at full size, in overlapping tiles of N pixels; try 512", type=whole(32),
-        metavar="N")
+    add("--out", None, "where results go; of --images: a new folder, or results", metavar="DIR")
+    add("--tile", None, "at full size, in tiles of N pixels; try 512", type=whole(32), metavar="N")
     add("--names", None, "a name per line for ids 0, 1, ...", metavar="FILE")
     add("--head", "cluster", "which probe", choices=("cluster", "linear"))
-    switch("--legend", "a legend below every overlay")
+    add("--legend", False, "a legend below every overlay", action="store_true")
     add = p.group("a look inside")
     add("--embed", None, "write the code of every image of --split as .npy (K,h,w)", metavar="DIR")
-    switch("--path", "picture of one image at every station, with shapes")
+    add("--path", False, "picture of one image at every station, with shapes", action="store_true")
     add("--official", None, "turn a published checkpoint into the run --out: stego FILE, hp FILE, "
-        "or cause SEGMENT CLUSTER; with --data and --arch", nargs="+",
-        metavar=("METHOD", "FILE"))
+        "or cause SEGMENT CLUSTER; with --data and --arch", nargs="+", metavar=("METHOD", "FILE"))
     add = p.group("backbone, machine")
     add("--arch", None, "without RUN: score the raw backbone, by K-means and linear probe")
     add("--weights", None, "backbone weights, if not where they lay", metavar="FILE|none")
@@ -1308,44 +1166,27 @@ def arguments():
     return p
 
 
-def command_of(options):
-    """Which of COMMANDS is meant; ValueError for what it does not use, or lacks."""
-    defaults = vars(arguments().parse_args([]))
-    given = {key for key, x in vars(options).items() if x != defaults[key]} - {"runs", "device"}
-    command = next((name for name in COMMANDS if name in given), "RUN")
-    command = "RUN" if command == "arch" and options.runs else command
-    what = "scoring a run" if command == "RUN" else f"--{command}"
-    least, most, used = COMMANDS[command]
-    unused = ", ".join(map(common.flag, sorted(given - set(used.split()))))
-    if unused:
-        raise ValueError(f"{what} does not use {unused}")
-    if not least <= len(options.runs) <= most or not options.runs and not options.arch:
-        raise ValueError(f"{what} needs a run folder, or --arch and --data for a raw backbone; "
-                         "--help lists all")
-    if command == "images" and not options.out:
-        raise ValueError("--images needs --out DIR, where the results go")
-    return command
-
-
 def run(options):
-    command, folder = command_of(options), (options.runs or [None])[0]
+    """What the options ask for -> exit code. ValueError where some are lacking, or not used."""
+    defaults = vars(arguments().parse_args([]))
+    given = {key for key, x in vars(options).items() if x != defaults[key]} - {"device"}
+    command = next((key for key in COMMANDS if key in given), "runs")
+    unused = given - {command, *COMMANDS[command].split()}
+    if bool(options.runs) == bool(options.arch) or len(options.runs) > 1 and command != "runs":
+        raise ValueError("what is scored or used is a RUN, or --arch A for a raw backbone; "
+                         "--help lists all")
+    if unused:
+        what = "scoring a RUN" if command == "runs" else common.flag(command)
+        raise ValueError(f"{what} does not use {', '.join(map(common.flag, sorted(unused)))}")
     if command == "official":
         return import_official(options)
-    device = common.start_processes(options.device)
-    if command == "images":
-        return segment(folder, options, device)
-    if command in ("embed", "path"):
-        model, args, _ = open_run(folder, options, device)
-        dataset = load_data(options, args, options.split, model)
-        if options.embed:
-            return embed(model, dataset, options.embed, device)
-        file = Path(options.out or folder) / "path.png"
-        write_png(file, path_picture(model, dataset[evenly(1, len(dataset))[0]], device))
-        print(f"wrote {file}")
-        return 0
+    device, folder = common.start_processes(options.device), (options.runs or [None])[0]
+    use = {"images": segment, "embed": embed, "path": path_picture}.get(command)
+    if use:
+        return use(folder, options, device)
     found = [score_run(folder, options, device) for folder in options.runs or [None]]
     if common.rank() == 0 and len(found) > 1:
-        print("\n" + runs_table(options.runs, [(args, rows) for args, rows, _ in found]))
+        print("\n" + runs_table([(folder, *x[:2]) for folder, x in zip(options.runs, found)]))
     return max(code for *_, code in found)
 
 

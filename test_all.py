@@ -1323,7 +1323,7 @@ def test_eval_segments_a_folder():
                 assert (eval_.segment_image(model, picture) == np.asarray(result)).all()
             assert Image.open(out / f"{name}_overlay.png").height > size[1]
         assert len((out / "legend.txt").read_text().splitlines()) == 6
-        assert Image.open(out / "overview.png").height > 6 * 120
+        assert Image.open(out / "overview.png").height > 3 * 120
         one = run, "--images", inside / "a.png", "--out"
         code, text = run_eval(*one, tmp / "out2", "--clusters 3 5 --tile 64")
         assert code == 0 and Image.open(tmp / "out2/contact.png").width > 600
@@ -1334,7 +1334,7 @@ def test_eval_segments_a_folder():
         assert "0\tu\t" in (tmp / "out3/legend.txt").read_text()
         refuses(ValueError, "folder of their own", run_eval, *one, inside)
         put(tmp / "theirs/legend.txt", "mine")
-        refuses(ValueError, "written over", run_eval, *one, tmp / "theirs")
+        refuses(ValueError, "folder of their own", run_eval, *one, tmp / "theirs")
 
 
 def published(method, D=384, K=16, C=6):
@@ -1402,9 +1402,8 @@ def test_eval_colours_and_legend():
     gaps = abs(colours[:, None] - both).sum(2) + 1000 * np.eye(27, 54)
     assert gaps.min() > 60 and len(eval_.distinct(300)) == 300
     names = [f"{'a long class name' if k % 2 else 'short'} {k}" for k in range(27)]
-    blank = Image.new("RGB", (700, 1), "white")
-    picture, one = (np.asarray(eval_.legend(blank, names[:n], colours)) for n in (27, 1))
-    assert picture.shape[1] == 700 and picture.shape[0] > 5 * 24 and one.shape[0] < 50
+    picture, one = (np.asarray(eval_.legend(range(n), names, colours)) for n in (27, 1))
+    assert 300 < picture.shape[1] <= 640 and picture.shape[0] > 5 * 24 and one.shape[0] < 50
     assert (picture[:, -4:] == 255).all() and (picture[-4:] == 255).all()  # nothing runs over
 
 
