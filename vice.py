@@ -12,8 +12,7 @@ frozen, and clusters and a linear model are fitted on it. No label reaches the n
     python vice.py --data cityscapes19 --root DIR    # Table 1; from scratch with --weights none
     python vice.py --data coco27 --root DIR --decoder deeplab --arch resnet50  # Table 3, or ...152
     python vice.py --data cityscapes19 --root DIR --decoder deeplab            # Table 3, or ...101
-    python eval.py RUN --filters 27                  # L of Tables 1 and 8 on the network as it is
-    python eval.py RUN --clusters 128                # C of the same, by majority vote
+    python eval.py RUN --filters 27 --clusters 128   # L, and C by majority, of Tables 1 and 8
     python eval.py RUN --data cityscapes19 --root DIR                          # Table 9
     Tables 2, 4: --regions grid --region-size 1 or 10, --mask 0. Tables 5, 6: --view-size --mask
     --prototypes --queue --views --code-dim --beta. Table 11 (fine-tuning with labels): no command.
@@ -41,22 +40,20 @@ Departures of the published code, followed here, from the paper:
     a region is its mean, then made unit (the paper: the mean of unit vectors)
     beta 0.5 to 1.5 (text: 2); prototypes 27 with FPN (text: 128); regions 20 pixels (Table 2: 10)
     "25 %" bounds the sides of the noise; touched superpixels become noise and are no targets
-    the queue holds embeddings in place of scores, is used from step 313, and has 5,000 per GPU, in
-    all 160,000: 24 batches. One mean over all regions (eq. 4: per image)
-    trained on all 241,690 images of COCO and all 5,000 of Cityscapes, val and test among them, and
-    scored on 19 classes there (text: 27)
+    the queue holds embeddings, not scores, from step 313: 5,000 a GPU, in all 160,000, 24 batches
+    one mean over all regions (eq. 4: per image)
+    trained on COCO's 241,690 images and Cityscapes' 5,000, val and test too; 19 classes (text: 27)
 Ours from the published code:
-    the DeepLab configurations take one pixel for a region and add a coherence loss: not built, so
+    DeepLab's configurations take one pixel for a region and add a coherence loss: not built, so
     their numbers come from another loss. They train on all images at 500 pixels or more; here on
     COCO's curated list at 480, or Cityscapes' train split, for as many steps
-    the queue is filled from step 0 and holds no random vectors; prototypes are unit from the start;
+    the queue fills from step 0, without random vectors; prototypes are unit from the start
     superpixel 0 is kept; labels and noise are resized by one rule
-    batch statistics over all processes (published: over a node's four); on a CPU each has its own
+    batch statistics over all processes (published: a node's four), on a CPU over each alone
     --accumulate: Sinkhorn and batch statistics see a part of the batch at a time
-    one order of colour changes a step; clusters are fitted on 20 pixels of every train image (the
-    published fit was not released)
-    scenes and camvid: distortion at 0.4 (at full strength 26 instead of 35 mIoU on scenes), narrow
-    beta, 12 x 3 views a step (4 x 5 did not learn), the linear model fitted on a sample of pixels
+    one order of colour changes a step; clusters fitted on 20 pixels an image (theirs: not released)
+    scenes and camvid: distortion at 0.4 (at full strength 26, not 35 mIoU on scenes), narrow beta,
+    12 x 3 views a step (4 x 5 did not learn), the linear model fitted on a sample of pixels
 """
 import copy
 import math
@@ -210,26 +207,19 @@ def nearest(x, side):
     return x[steps * x.shape[0] // side][:, steps * x.shape[1] // side]
 
 
-def occurring(labels, count):
-    """Which of the ids 0..count-1 occur -> bool (count+1,); the last place is that of -1."""
-    found = np.zeros(count + 1, bool)
-    found[labels] = True
-    return found
-
-
 def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
-    """-> bool (views,count+1): ids that are noise in a view; (count+1,): that stay common to all.
+    """-> bool (views,count+1): which of the ids 0, 1, ..., count-1, -1 are noise in a view, and
+    (count+1,): which stay common to all.
 
     crops: labels [(s,s)]; shared (views,4): the common rectangle in each. A region that a view's
     rectangle touches becomes noise in that view and a region of none; a random quarter of the
     common ids is spared. A rectangle that touches padding (-1) makes all padding noise.
     """
-    x0, y0, x1, y1 = shared[0]
-    kept = occurring(crops[0][y0:y1, x0:x1], count)
-    kept[-1] = False
+    ids, (x0, y0, x1, y1) = np.r_[:count, -1], shared[0]
+    kept = np.isin(ids, crops[0][y0:y1, x0:x1]) & (ids >= 0)
     if spared is None:
         spared = rng.choice(kept.nonzero()[0], kept.sum() // 4, replace=False)
-    noise = np.stack([occurring(labels[y0:y1, x0:x1], count)
+    noise = np.stack([np.isin(ids, labels[y0:y1, x0:x1])
                       for labels, (x0, y0, x1, y1) in zip(crops, np.maximum(rectangles, 0))])
     noise[:, spared] = False
     return noise, kept & ~noise.any(0)
@@ -237,11 +227,11 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
 
 def resize_regions(crops, shared, kept, side):
     """Crops -> (views,side,side), nearest; which kept ids all views still show in `shared`."""
-    count, views = len(kept) - 1, np.stack([nearest(labels, side) for labels in crops])
-    kept = kept & occurring(views[0], count)  # in view 0 anywhere will do, as published
+    ids, views = np.r_[:len(kept) - 1, -1], np.stack([nearest(labels, side) for labels in crops])
+    kept = kept & np.isin(ids, views[0])  # in view 0 anywhere will do, as published
     for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * side):
         a, b = labels.shape
-        kept &= occurring(view[y0 // a:y1 // a, x0 // b:x1 // b], count)
+        kept &= np.isin(ids, view[y0 // a:y1 // a, x0 // b:x1 // b])
     return views, kept
 
 
@@ -456,8 +446,7 @@ class Views(torch.utils.data.Dataset):
             return grid(*picture.shape[1:], self.args.region_size)
         if i < len(self.cache) and self.cache[i, -1, -1]:  # the last to be written
             return self.cache[i] - 1
-        picture = picture.permute(1, 2, 0).numpy()
-        labels = slic(picture, self.args.region_size, self.args.ruler)
+        labels = slic(picture.permute(1, 2, 0).numpy(), self.args.region_size, self.args.ruler)
         if i < len(self.cache) and labels.max() < 2 ** 15 - 1:
             self.cache[i] = labels + 1
         return labels
