@@ -272,7 +272,6 @@ def make_views(picture, regions, rng, args):
 class FPN(nn.Module):
     """Maps of the stages -> (B,K,h,w): 1x1 convolutions, upsampled and added from the top. PiCIE's;
     torchvision's FeaturePyramidNetwork has nearest upsampling and 3x3 convolutions besides."""
-
     def __init__(self, widths, K):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(width, K, 1) for width in widths)
@@ -295,14 +294,13 @@ def separable(c_in, c_out, dilation=1):
 class DeepLab(nn.Module):
     """DeepLabV3+: an atrous pyramid on the last stage, refined by the first -> (B,K,h,w).
     torchvision's ASPP has full convolutions, ReLU after BN, and dropout."""
-
     def __init__(self, widths, K):
         super().__init__()
         top = widths[-1]
         self.one, self.pool = (Conv2dNormActivation(top, 256, 1) for _ in range(2))
         self.low = Conv2dNormActivation(widths[0], 48, 1)
         self.atrous = nn.ModuleList(separable(top, 256, dilation) for dilation in (12, 24, 36))
-        self.merge = Conv2dNormActivation(5 * 256, 256, 3, activation_layer=None)  # as published
+        self.merge = Conv2dNormActivation(5 * 256, 256, 3, activation_layer=None)  # no ReLU
         self.decode = nn.Sequential(separable(304, 256), separable(256, 256), nn.Conv2d(256, K, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -324,7 +322,6 @@ class Network(nn.Module):
     resnet: one of torchvision's, of which it keeps the first `depth` of the four stages. Strides of
     the last two become dilations, also in their first 3x3, where torchvision's option halves them.
     """
-
     def __init__(self, resnet, decoder, K, depth=None):
         super().__init__()
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -355,7 +352,6 @@ def linear_model(K, filters, classes):
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> unit embeddings (B,K,H,W); .linear and .cluster are fitted afterwards."""
-
     alpha = 10  # the CRF gets log-softmax(cosine / tau)
 
     def __init__(self, args, weights="none"):
@@ -423,10 +419,8 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
 class Views(torch.utils.data.Dataset):
     """Item: "image" (views,3,side,side) uint8, "regions" int16 (`make_views`), index, path, error.
 
-    Superpixels of square images are computed once, in memory that the workers share: 8.6 GB at
-    most, for as many images as that holds.
+    Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold.
     """
-
     def __init__(self, images, args):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
@@ -472,7 +466,6 @@ class LARS(torch.optim.Optimizer):
     Where either has length zero, a plain step without weight decay. Biases and BN are treated like
     the rest, as published. All tensors at once: 25 calls instead of 1,304.
     """
-
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
         super().__init__(params, defaults)
