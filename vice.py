@@ -85,14 +85,14 @@ def slic(image, region_size=20, ruler=10, iterations=5):
     """
     # BGR; its sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
     pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
-    colour, place = seeds(pixels, region_size)
-    centres, weight = np.concatenate([colour, place], 1), np.float32((region_size / ruler) ** 2)
+    centres = np.concatenate(seeds(pixels, region_size), 1)  # (seeds,5): colour, x, y
+    weight = np.float32((region_size / ruler) ** 2)
     shape, count = pixels.shape[:2], len(centres)
     points = np.stack([*np.moveaxis(pixels, -1, 0), *np.indices(shape, np.float32)[::-1]])
     labels = np.zeros(shape, np.int64)  # a pixel that no window reaches keeps its label
     for _ in range(iterations):
         best = np.full(shape, np.inf, np.float32)
-        for seed, centre in enumerate(centres):  # (5,): colour, x, y
+        for seed, centre in enumerate(centres):
             down, across = (slice(max(0, int(at) - region_size), max(0, int(at) + region_size))
                             for at in centre[:2:-1])
             square = (points[:, down, across] - centre[:, None, None]) ** 2
@@ -215,7 +215,8 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
     rectangle touches becomes noise in that view and a region of none; a random quarter of the
     common ids is spared. A rectangle that touches padding (-1) makes all padding noise.
     """
-    ids, (x0, y0, x1, y1) = np.r_[:count, -1], shared[0]
+    ids = np.r_[:count, -1]
+    x0, y0, x1, y1 = shared[0]
     kept = np.isin(ids, crops[0][y0:y1, x0:x1]) & (ids >= 0)
     if spared is None:
         spared = rng.choice(kept.nonzero()[0], kept.sum() // 4, replace=False)
@@ -227,7 +228,8 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
 
 def resize_regions(crops, shared, kept, side):
     """Crops -> (views,side,side), nearest; which kept ids all views still show in `shared`."""
-    ids, views = np.r_[:len(kept) - 1, -1], np.stack([nearest(labels, side) for labels in crops])
+    ids = np.r_[:len(kept) - 1, -1]
+    views = np.stack([nearest(labels, side) for labels in crops])
     kept = kept & np.isin(ids, views[0])  # in view 0 anywhere will do, as published
     for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * side):
         a, b = labels.shape
