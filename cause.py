@@ -76,7 +76,6 @@ import eval
 
 class MLPHead(nn.Module):
     """Tokens (B,N,D) -> code (B,N,K): a linear and a two-layer branch, each with its dropout."""
-
     def __init__(self, D, K):
         super().__init__()
         self.f1 = nn.Linear(D, K)
@@ -91,7 +90,6 @@ class TRHead(nn.Module):
     """Features T (B,N,D), their code vectors Q (B,N,D) -> code (B,N,K): one transformer layer; the
     queries are the code vectors, the keys the features. queries: N in training, a square grid; for
     another grid (h,w) the positions are interpolated."""
-
     def __init__(self, D, K, queries):
         super().__init__()
         self.query_pos = nn.Parameter(torch.randn(queries, D))
@@ -150,7 +148,6 @@ def load_published_head(state_dict, head):
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> code (B,K,h,w) of the teacher, with probes `.linear` and `.cluster`."""
-
     alpha = 3  # the CRF gets log-softmax(3 * cosine)
 
     def __init__(self, args):
@@ -262,7 +259,6 @@ def contrast(codes, student, key_codes, keys, similarity, own=None,
 
 class Bank(nn.Module):
     """Y_bank: the last teacher projections of every code, of unit length: (codes,slots,width)."""
-
     def __init__(self, codes, slots, width):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(codes, slots, width))

@@ -28,6 +28,7 @@ p  N_i is drawn from the rest, per kind; here as in the code once, from all patc
 p  anchors without a positive are left out; here as in the code without a task-agnostic one
 p  eq. 7 takes attention above its mean; here as in the code clipped, soft-maxed again, times 28
 p  eq. 9 divides by |I^local|; here as in the code by the patches of the 3 x 3 window
+p  eq. 10 mixes z_i (of z_p it says nothing); here as in the code all that it is compared with too
 p  lambda grows at once; here as in the code after a warm-up (--warmup 0: the paper)
 p  20 epochs of Cityscapes; here as in the code 30; its Potsdam has K = 256, rho = 1, alpha = 0
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
@@ -40,8 +41,7 @@ The tables, with B="--data coco27 --root data/cocostuff", S="$B --arch vits8"; b
 the paper's clusters with CRF, mIoU / accuracy: python eval.py RUN --crf
 1  python hp.py $S  24.6 / 57.2;  python hp.py $B --arch vits16  24.3 / 54.5
    python hp.py $B --arch selfpatch_vits16 --weights FILE  23.2 / 56.1
-2  python hp.py --data cityscapes27 --root data/cityscapes --arch vits8  18.4 / 80.1
-   python hp.py --data cityscapes27 --root data/cityscapes --arch vitb8  18.4 / 79.5
+2  python hp.py --data cityscapes27 --root data/cityscapes --arch vits8  18.4/80.1; vitb8 18.4/79.5
 3  python hp.py --data potsdam3 --root data/potsdam --arch vitb8  - / 82.4
 4  python hp.py $S, alone (a), with (b) --no-local 23.1 / 52.5, (c) --no-task-specific 19.1 / 55.0,
    (d) --no-local --no-task-specific 20.1 / 49.3, (e) --no-symmetric 23.6 / 54.0,
@@ -67,7 +67,6 @@ import eval
 
 class Head(nn.Module):
     """Features (B,D,h,w) -> code (B,K,h,w): a linear plus a two-layer branch, each with dropout."""
-
     def __init__(self, D, K):
         super().__init__()
         self.linear = nn.Conv2d(D, K, 1)
@@ -80,7 +79,6 @@ class Head(nn.Module):
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> code (B,K,h,w), with the probes `.linear` and `.cluster`."""
-
     alpha = 2  # the CRF gets log-softmax(2 * cosine)
 
     def __init__(self, args):
@@ -109,7 +107,6 @@ def tokens(x):
 
 class WithWindow(nn.Module):
     """Images (B,3,H,W) -> (B,D+9,h,w): features and `window`, from the last block's attention."""
-
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
@@ -125,14 +122,12 @@ class WithWindow(nn.Module):
 def naive_loss(z, z_view, tau):
     """Eq. 1 times tau / 0.07, row (g) of table 4: the positive of a patch is itself in the other
     view, all others repel. z, z_view unit (M,K) -> scalar."""
+    def part_loss(both, anchors):
+        logit = both[anchors] @ both.T / tau
+        logit = logit.masked_fill(anchors[:, None] == patches, -torch.inf)
+        return F.cross_entropy(logit, (anchors + len(z)) % len(both), reduction="sum")
     both = torch.cat([z, z_view])
     patches = torch.arange(len(both), device=z.device)
-
-    def part_loss(both, anchors):
-        itself = anchors[:, None] == patches
-        logit = (both[anchors] @ both.T / tau).masked_fill(itself, -torch.inf)
-        return F.cross_entropy(logit, (anchors + len(z)) % len(both), reduction="sum")
-
     parts = [checkpoint(part_loss, both, part, use_reentrant=False) for part in patches.split(1024)]
     return tau / 0.07 * sum(parts) / len(both)
 
@@ -227,7 +222,6 @@ def task_specific_share(step, total, warmup):
 
 class Views(torch.utils.data.Dataset):
     """Items of `images` with "view": photometrically changed, and clamped to [0,1] as published."""
-
     def __init__(self, images):
         self.images = images
         self.change = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomGrayscale(0.2),
@@ -254,8 +248,7 @@ def random_patches(run, features, images, D, size):
     count, found = min(run.args.batch_size if few else size, len(images)), []
     chosen = torch.randperm(len(images), generator=run.shared, device=run.device)[:count].tolist()
     for items in eval.batches(images, 16, run.args.workers, "reference pool", order=chosen):
-        shape = len(items), -(-size // count)
-        draws = torch.rand(shape, generator=run.shared, device=run.device)
+        draws = torch.rand(len(items), -(-size // count), generator=run.shared, device=run.device)
         found.append(at_random(features(torch.utils.data.default_collate(items))[:, :D], draws))
     return torch.cat(found).flatten(0, 1)[:size]
 
@@ -275,8 +268,7 @@ def schedule(args, n):
 def train(args):
     two_views = args.consistency > 0 or args.naive
     if args.cache_features and two_views:
-        raise ValueError("--cache-features cannot keep second views, which are new in every step; "
-                         "add --consistency 0")
+        raise ValueError("--cache-features cannot keep new second views; add --consistency 0")
     images = data.load(args.data, args.root, "train", size=args.size,
                        crops=5 if args.five_crop else None, protocol=args.protocol)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
@@ -376,7 +368,6 @@ class Contrast(torch.autograd.Function):
         S_ij = (r_i [j in D_i] + r_j [i in D_j]) exp l_ij - (a_i + a_j) w_ij,   r_i = a_i W_i / Z_i
     A first pass finds Z and the value, a second S. The first GB of exp l is kept meanwhile.
     """
-
     @staticmethod
     def forward(ctx, z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight, own):
         """own: slice of the patches of this process; all else is of all processes."""
@@ -390,10 +381,9 @@ class Contrast(torch.autograd.Function):
         def real(mask):  # 0 or 1; straight from bool takes a CPU 8 times as long
             return mask.view(torch.uint8).float()
 
-        def counts(positives):  # (M,M) -> (M,)
-            return torch.cat([real(rows).sum(1) for rows in positives.split(1024)])
-
-        W = counts(positives_ag) + (lam * counts(positives_sp) if lam else 0)
+        ag, sp = (x.view(torch.uint8).sum(1, dtype=torch.float32)  # numbers of positives (M,)
+                  for x in (positives_ag, positives_sp))
+        W = ag + lam * sp
         share = torch.zeros_like(W)
         share[own] = positives_ag[own].any(1).float()  # anchors without a positive are left out
         share = (share * W if reweight else share).view(-1, N)

@@ -18,8 +18,7 @@ not objects. Seed 0 has 76.0 / 54.3, with --no-reconstruction (the collapse) 49.
 
 The paper's tables, accuracy in % (theirs, not run here), and what `python san.py --root DIR` takes:
 
-    2  --data coco3 80.3, potsdam6 60.5, coco15 55.7
-    3  --data coco27 52.0, cityscapes27 51.0
+    2, 3  --data coco3 80.3, potsdam6 60.5, coco15 55.7, coco27 52.0, cityscapes27 51.0
     4  --data coco3 --layers 4: 79.9. ResNet-18 and U-Net as encoder or generator cannot be run
     5  --data coco3 and --no-reconstruction 34.2, --semantics image --gates none 74.4,
        --semantics image 79.2, --gates none 76.7, nothing 80.3
@@ -53,13 +52,11 @@ from torchvision.transforms import v2
 import common
 import data
 import eval
-from eval import ClusterProbe, LinearProbe
+
 
 # ---------------------------------------------------------------- model
 
-def alone(x):
-    """x summed over one process; for several, `train` passes common.reduce_sum in its place."""
-    return x
+alone = nn.Identity()  # a sum over one process; for several `train` passes common.reduce_sum
 
 
 def attention_logits(q, s):
@@ -85,7 +82,6 @@ def positions(width, h, w, device):
 class Generator(nn.Module):
     """Semantic-wise generator F_S: images (B,3,H,W) -> tokens (B,N,width) of 8x8 patches, from
     which `semantics` makes the semantic embeddings and `gates` tells which an image holds."""
-
     def __init__(self, width, semantics, layers, gates, patch=8):
         super().__init__()
         self.gate, self.embed = gates, nn.Conv2d(3, width, patch, patch)
@@ -163,9 +159,9 @@ class Model(nn.Module):
         # [11] which S at test time: the momentum average of training's; see Departures
         self.register_buffer("average", torch.zeros(semantics, width))
         self.register_buffer("seen", torch.zeros(()))
-        self.cluster = ClusterProbe(semantics, semantics).requires_grad_(False)
+        self.cluster = eval.ClusterProbe(semantics, semantics).requires_grad_(False)
         nn.init.eye_(self.cluster.clusters)  # the nearest centre is the largest attention
-        self.linear = LinearProbe(semantics, args.classes) if args.classes else None
+        self.linear = eval.LinearProbe(semantics, args.classes) if args.classes else None
 
     def gamma(self, tokens, total=alone):
         """Tokens (B,N,width) -> Gamma (B,semantics,width): semantics scaled by the gates."""
@@ -204,21 +200,17 @@ def consistency_loss(rec_theta, rec_q, images, target="decoded"):
     """L_Con (eq. 9): mean square difference of F_G(Theta) and F_G(Q), or the image."""
     # [13] which pairs of the three arguments of d in eq. 9: F_G(Theta) and F_G(Q), for only so can
     # the loss vanish without reconstruction, which is the collapse in Table 5
+    # [14] nothing keeps a semantic from staying empty, nor in the paper; a class is then missed
     return (rec_theta - (images if target == "image" else rec_q)).square().mean()
-
-
-# [14] nothing keeps a semantic from staying empty, nor in the paper; a class is then missed.
 
 
 # ---------------------------------------------------------------- training
 
 class Crops(torch.utils.data.Dataset):
-    """Random square crops of `size` pixels; augment: mirrored, colours jittered or dropped."""
-
+    """Random square crops of `size` pixels; augment, as IIC: mirrored, jittered colours or grey."""
     def __init__(self, images, size, normalise="set", augment=False):
         self.images, self.size, self.normalise, self.augment = images, size, normalise, augment
-        self.colour = v2.Compose([v2.ColorJitter(0.1, 0.1, 0.1, 0.1),  # as IIC
-                                  v2.RandomGrayscale(0.2)])
+        self.colour = v2.Compose([v2.ColorJitter(0.1, 0.1, 0.1, 0.1), v2.RandomGrayscale(0.2)])
 
     def __len__(self):
         return len(self.images)
@@ -262,10 +254,9 @@ def train(args):
     reconstruct = Model.reconstruct if args.plain else reconstruct_folded
     optimizer = torch.optim.Adam([p for name, p in model.named_parameters()
                                   if not name.startswith(("linear.", "cluster."))], args.lr)
-    kept = dict(model=model, optimizer=optimizer)
-    if model.linear:
-        kept["probe"] = probe = torch.optim.Adam(model.linear.parameters(), 0.01)
-    run.keep(**kept)
+    linear = model.linear.parameters() if model.linear else []
+    probe = torch.optim.Adam([{"params": linear}], 0.01)
+    run.keep(model=model, optimizer=optimizer, probe=probe)
     crops = Crops(images, args.size, args.normalise, args.augment)
     for step, batch in run.loop("head", crops, args.steps):
         image = batch["image"]
@@ -275,16 +266,14 @@ def train(args):
         rec = reconstruction_loss(rec_q, image)
         con = consistency_loss(rec_theta, rec_q, image, args.target)
         loss = rec + con if args.reconstruction else con  # [17] no weights given: 1 and 1
-        linear = eval.linear_loss(model.linear(code.detach()), batch["label"]) \
-            if model.linear else 0
+        linear = eval.probe_losses(model, code, batch["label"])[1]
         run.log(loss=loss, rec=rec, con=con, linear=linear)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if model.linear:
-            probe.zero_grad(set_to_none=True)
-            linear.backward()
-            probe.step()
+        probe.zero_grad(set_to_none=True)
+        linear.backward()
+        probe.step()
     patch_colours = lambda x: F.avg_pool2d(prepare(x, args.normalise), model.patch)  # noqa: E731
     return eval.finish(run, model, images, val, encode=patch_colours)
 
@@ -336,30 +325,23 @@ def fold(convolution, norm, found=None, total=alone):
     return scale[:, None] * W, norm.bias - scale * mean
 
 
-def hidden(images, U, b):
-    """Perceptron with its batch norm folded in: (B,3,H,W) -> h (B,width/2,H,W)."""
-    return F.gelu(F.conv2d(images, U.view(-1, 3, 3, 3), b, padding=1))
-
-
-def fold_both(model, images, total=alone):
-    """-> U, b, V, c with both batch norms folded in: h = GELU(U x + b), Q = V h + c."""
-    first = moments(F.unfold(images, 3, padding=1)) if model.training else None  # 27 a pixel
-    U, b = fold(*model.perceptron[:2], first, total)
-    second = None
-    if model.training:
-        parts = by_chunks(lambda x: moments(hidden(x, U, b).flatten(2)), images)
-        second = [sum(terms) for terms in zip(*parts)]
-    return U, b, *fold(*model.encoder, second, total)
-
-
 def reconstruct_folded(model, images, tokens, total=alone, paint=True):
     """Equals Model.reconstruct; without paint only its code."""
-    gamma, (U, b, V, c) = model.gamma(tokens, total), fold_both(model, images, total)
+    def hidden(x):  # perceptron with its batch norm folded in: (B,3,H,W) -> h (B,width/2,H,W)
+        return F.gelu(F.conv2d(x, U.view(-1, 3, 3, 3), b, padding=1))
+    gamma, found = model.gamma(tokens, total), None
+    if model.training:
+        found = moments(F.unfold(images, 3, padding=1))  # 27 a pixel
+    U, b = fold(*model.perceptron[:2], found, total)
+    if model.training:
+        parts = by_chunks(lambda x: moments(hidden(x).flatten(2)), images)
+        found = [sum(terms) for terms in zip(*parts)]
+    V, c = fold(*model.encoder, found, total)
     first, *rest = model.sustainer
     A, a = first.weight.flatten(1), first.bias[:, None, None]  # (width/4,width), (width/4,1,1)
 
     def one(x, s):
-        h = hidden(x, U, b)
+        h = hidden(x)
         code = torch.einsum("bsm,bmhw->bshw", s @ V, h) + (s @ c)[..., None, None]
         code = code * len(c) ** -0.5
         if not paint:
@@ -381,8 +363,7 @@ def arguments():
     add("--dim", 1024, "length of all embeddings, a multiple of 64; 64 serves scenes", low=64)
     add("--layers", 6, "layers of the transformer")
     add("--eval-size", 128, "shorter side of a photo before it is cropped, or scored", low=8)
-    add("--normalise", "set", "mean colour taken out: of all photos, or of each image, where light "
-        "varies", choices=["set", "image"])
+    add("--normalise", "set", "mean and deviation of all photos, or each", choices=["set", "image"])
     add("--augment", False, "mirror, jitter and drop colours; the paper's, for Potsdam only")
     add("--semantics", "average", "to predict: the average of training's, or, as published, the "
         "batch's; image: each image has its own, always", choices=["average", "batch", "image"])
@@ -400,10 +381,8 @@ PRESETS = {
                    normalise="image"),
     "camvid": dict(size=64, dim=64, steps=1000, batch_size=16, lr=5e-4, normalise="image"),
     "folder": dict(steps=12000),
-    "coco3": dict(eval_size=160),  # a third of 640 x 480, then a crop of 128
-    "coco15": dict(eval_size=160),
-    "coco27": dict(protocol="picie"),  # PiCIE's central square
-    "cityscapes27": dict(protocol="picie"),
+    "coco3": dict(eval_size=160), "coco15": dict(eval_size=160),  # a third of 640 x 480, cropped
+    "coco27": dict(protocol="picie"), "cityscapes27": dict(protocol="picie"),  # central squares
     "potsdam6": dict(eval_size=200, augment=True),
     "smoke": dict(steps=10, batch_size=4, dim=64, layers=2),
 }

@@ -53,7 +53,6 @@ Not here: MoCo v2 (2: 20.8 / 48.4, 5: 19.6 / 43.1*); figures 3, 10, 13, 14, 15. 
 --plot-correspondence, 6, 11 and 12 are confusion.png, the others samples.png.
 """
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +70,6 @@ import eval
 
 class Head(nn.Module):
     """Features (B,D,h,w) -> code (B,K,h,w): a linear plus a two-layer branch, each with dropout."""
-
     def __init__(self, D, K):
         super().__init__()
         self.linear = nn.Conv2d(D, K, 1)
@@ -84,7 +82,6 @@ class Head(nn.Module):
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> code (B,K,h,w), with the probes `.linear` and `.cluster`."""
-
     alpha = 2  # the CRF gets log-softmax(2 * cosine)
 
     def __init__(self, args):
@@ -169,7 +166,6 @@ def adjust(shifts, start, cosines, targets, step, total):
 
 class Pairs(torch.utils.data.Dataset):
     """Items of `images` with one of their neighbours (n,1+k): "positive" and "positive_index"."""
-
     def __init__(self, images, neighbors):
         self.images, self.neighbors = images, neighbors
 
@@ -207,10 +203,6 @@ def find_neighbors(run, features, images, D, k):
         batch = torch.utils.data.default_collate(items)
         pooled[batch["index"].to(run.device)] = features(batch).mean((2, 3))  # GAP
     return nearest_neighbors(common.reduce_sum(pooled), 1 + k)
-
-
-def schedule(args, n):
-    """Nothing to fill in: as published the steps are 5,000 for any number of images."""
 
 
 def train(args):
@@ -285,10 +277,9 @@ def plot_correspondence(args):
     backbone = common.load_backbone(args.arch, args.weights, args.depth)
     p, side, photos, maps, cells = backbone.patch, max(args.size, 224), [], [], []
     for path in args.plot_correspondence:
-        try:
-            photo = data.read_image(path)
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise ValueError(f"{path} cannot be read as an image: {error}") from None
+        photo, error = data.attempt(data.read_image, path)
+        if error:
+            raise ValueError(f"{path} cannot be read as an image: {error}")
         photo = v2.functional.center_crop(v2.functional.resize(photo, [side]), [side])
         photos.append(v2.functional.pil_to_tensor(photo) / 255)  # (3,H,W)
         feats = backbone((photos[-1] - common.MEAN)[None] / common.STD)[0]
@@ -306,17 +297,16 @@ def plot_correspondence(args):
         y, x = (p * k for k in divmod(point, side // p))
         cells[0][:, y:y + p, x:x + p] = colour
     picture = make_grid(cells, nrow=4).clamp(0, 1).mul(255).round().byte()
-    file = Path(args.out or "runs") / "correspondence.png"
+    file = f"{args.out or 'runs'}/correspondence.png"
     common.write(file, encode_png(picture).numpy().tobytes())
-    print(f"wrote {file}")
-    return 0
+    return print(f"wrote {file}")
 
 
 # ---------------------------------------------------------------- command line
 
 def arguments():
     p = common.parser(__doc__)
-    p.set_defaults(steps=5000)
+    p.set_defaults(steps=5000)  # as published, for any number of images
     add = p.group("STEGO")
     add("--eval-size", 320, "image side for scoring", low=8, high=8192)
     add("--code-dim", 70, "width K of the code")
@@ -364,4 +354,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    common.main(arguments, PRESETS, schedule, train, data.count)
+    common.main(arguments, PRESETS, lambda args, images: None, train, data.count)

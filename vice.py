@@ -12,8 +12,7 @@ frozen, and clusters and a linear model are fitted on it. No label reaches the n
     python vice.py --data cityscapes19 --root DIR    # Table 1; from scratch with --weights none
     python vice.py --data coco27 --root DIR --decoder deeplab --arch resnet50  # Table 3, or ...152
     python vice.py --data cityscapes19 --root DIR --decoder deeplab            # Table 3, or ...101
-    python eval.py RUN --filters 27                  # L of Tables 1 and 8 on the network as it is
-    python eval.py RUN --clusters 128                # C of the same, by majority vote
+    python eval.py RUN --filters 27 --clusters 128   # L, and C by majority, of Tables 1 and 8
     python eval.py RUN --data cityscapes19 --root DIR                          # Table 9
     Tables 2, 4: --regions grid --region-size 1 or 10, --mask 0. Tables 5, 6: --view-size --mask
     --prototypes --queue --views --code-dim --beta. Table 11 (fine-tuning with labels): no command.
@@ -35,33 +34,30 @@ of 5 x 256 x 256 whose superpixels it knows, else 66; a batch of 32 has 52 MB.
     C = (c1, ..., cK) concepts            model.prototypes (prototypes,K)
     scores s* (eq. 3), assignment q       z @ prototypes.T, `sinkhorn`
     loss (eq. 4, algorithm 3)             `swapped_prediction_loss`
-    linear model of L filters             `LinearModel`, --filters
+    linear model of L filters             `linear_model`, --filters
 
 Departures of the published code, followed here, from the paper:
     a region is its mean, then made unit (the paper: the mean of unit vectors)
     beta 0.5 to 1.5 (text: 2); prototypes 27 with FPN (text: 128); regions 20 pixels (Table 2: 10)
     "25 %" bounds the sides of the noise; touched superpixels become noise and are no targets
-    the queue holds embeddings in place of scores, is used from step 313, and has 5,000 per GPU, in
-    all 160,000: 24 batches. One mean over all regions (eq. 4: per image)
-    trained on all 241,690 images of COCO and all 5,000 of Cityscapes, val and test among them, and
-    scored on 19 classes there (text: 27)
+    the queue holds embeddings, not scores, from step 313: 5,000 a GPU, in all 160,000, 24 batches
+    one mean over all regions (eq. 4: per image)
+    trained on COCO's 241,690 images and Cityscapes' 5,000, val and test too; 19 classes (text: 27)
 Ours from the published code:
-    the DeepLab configurations take one pixel for a region and add a coherence loss: not built, so
+    DeepLab's configurations take one pixel for a region and add a coherence loss: not built, so
     their numbers come from another loss. They train on all images at 500 pixels or more; here on
     COCO's curated list at 480, or Cityscapes' train split, for as many steps
-    the queue is filled from step 0 and holds no random vectors; prototypes are unit from the start;
+    the queue fills from step 0, without random vectors; prototypes are unit from the start
     superpixel 0 is kept; labels and noise are resized by one rule
-    batch statistics over all processes (published: over a node's four); on a CPU each has its own
+    batch statistics over all processes (published: a node's four), on a CPU over each alone
     --accumulate: Sinkhorn and batch statistics see a part of the batch at a time
-    one order of colour changes a step; clusters are fitted on 20 pixels of every train image (the
-    published fit was not released)
-    scenes and camvid: distortion at 0.4 (at full strength 26 instead of 35 mIoU on scenes), narrow
-    beta, 12 x 3 views a step (4 x 5 did not learn), the linear model fitted on a sample of pixels
+    one order of colour changes a step; clusters fitted on 20 pixels an image (theirs: not released)
+    scenes and camvid: distortion at 0.4 (at full strength 26, not 35 mIoU on scenes), narrow beta,
+    12 x 3 views a step (4 x 5 did not learn), the linear model fitted on a sample of pixels
 """
 import copy
 import math
 import mmap
-import os
 from pathlib import Path
 
 import numpy as np
@@ -70,16 +66,15 @@ import torch.nn.functional as F
 import torchvision
 from scipy import ndimage
 from torch import nn
-from torchvision.transforms import v2
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms import InterpolationMode, v2
 
 import common
 import data
 import eval
 
-BICUBIC = v2.InterpolationMode.BICUBIC
 
-
-# ---------------------------------------------------------------- superpixels
+# ---------------------------------------------------------------- superpixels and views
 
 def slic(image, region_size=20, ruler=10, iterations=5):
     """SLIC superpixels: uint8 RGB (H,W,3) -> labels (H,W), pixel for pixel those of OpenCV.
@@ -90,29 +85,25 @@ def slic(image, region_size=20, ruler=10, iterations=5):
     """
     # BGR; its sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
     pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
-    colour, place = seeds(pixels, region_size)
-    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
-    (H, W), weight = pixels.shape[:2], np.float32((region_size / ruler) ** 2)
-    rows, columns = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)
-    labels = np.zeros((H, W), np.int64)  # a pixel that no window reaches keeps its label
+    centres = np.concatenate(seeds(pixels, region_size), 1)  # (seeds,5): colour, x, y
+    weight = np.float32((region_size / ruler) ** 2)
+    shape, count = pixels.shape[:2], len(centres)
+    points = np.stack([*np.moveaxis(pixels, -1, 0), *np.indices(shape, np.float32)[::-1]])
+    labels = np.zeros(shape, np.int64)  # a pixel that no window reaches keeps its label
     for _ in range(iterations):
-        best = np.full((H, W), np.inf, np.float32)
-        for seed, (c, (x, y)) in enumerate(zip(colour, place)):
+        best = np.full(shape, np.inf, np.float32)
+        for seed, centre in enumerate(centres):
             down, across = (slice(max(0, int(at) - region_size), max(0, int(at) + region_size))
-                            for at in (y, x))
-            blue, green, red = planes[:, down, across]
-            distance = (blue - c[0]) ** 2
-            distance += (green - c[1]) ** 2
-            distance += (red - c[2]) ** 2
-            distance += ((columns[across] - x) ** 2 + (rows[down] - y) ** 2) / weight
+                            for at in centre[:2:-1])
+            square = (points[:, down, across] - centre[:, None, None]) ** 2
+            distance = square[:3].sum(0) + square[3:].sum(0) / weight
             closer = distance < best[down, across]
             np.copyto(best[down, across], distance, where=closer)
             np.copyto(labels[down, across], seed, where=closer)
-        own, count = labels.ravel(), len(place)
-        values = *planes.reshape(3, -1), *np.indices((H, W))[::-1].reshape(2, -1)
-        sums = np.stack([np.bincount(own, value, count) for value in values], 1).astype(np.float32)
-        size = np.bincount(own, minlength=count).clip(1).astype(np.float32)[:, None]
-        colour, place = sums[:, :3] / size, sums[:, 3:] / size
+        own = labels.ravel()
+        sums = np.stack([np.bincount(own, x, count) for x in points.reshape(5, -1)], 1)
+        size = np.bincount(own, minlength=count).clip(1)
+        centres = sums.astype(np.float32) / size.astype(np.float32)[:, None]
     return torch.from_numpy(labels) if torch.is_tensor(image) else labels
 
 
@@ -122,29 +113,26 @@ def seeds(pixels, step):
     nx, ny = max(1, int(0.5 + W / step)), max(1, int(0.5 + H / step))
     x, y = np.meshgrid(*(np.arange(n) * (step + int((length - step * n) / n)) + step // 2
                          for n, length in ((nx, W), (ny, H))))
-    inside = (x < W) & (y < H)  # the others become black seeds at (0,0), at the end
-    place = np.zeros((nx * ny, 2), int)
-    place[:inside.sum()] = np.stack([x[inside], y[inside]], 1)
-    colour = pixels[place[:, 1], place[:, 0]] * (np.arange(nx * ny) < inside.sum())[:, None]
-    p = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), "reflect")
-    edge = (p[1:-1, 2:] - p[1:-1, :-2]) ** 2 + (p[2:, 1:-1] - p[:-2, 1:-1]) ** 2
-    edge = np.pad(edge.sum(-1), 1, constant_values=np.inf)
-    around = np.array([(0, 0), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1),
-                       (-1, 1)])
+    inside = (x < W) & (y < H)
+    place, count = np.zeros((nx * ny, 2), int), inside.sum()
+    place[:count] = np.stack([x[inside], y[inside]], 1)
+    dx, dy = (ndimage.correlate1d(pixels, [-1, 0, 1], axis, mode="mirror") for axis in (1, 0))
+    edge = np.pad((dx * dx + dy * dy).sum(-1), 1, constant_values=np.inf)
+    around = np.array([[0, -1, -1, 0, 1, 1, 1, 0, -1], [0, 0, -1, -1, -1, 0, 1, 1, 1]]).T  # (x,y)
     x, y = (place[:, None] + around + 1).transpose(2, 0, 1)  # (seeds,9)
     move = around[edge[y, x].argmin(1)]
     moved = move.all(1)  # OpenCV moves only if both x and y change
     place[moved] += move[moved]
-    colour[moved] = pixels[place[moved, 1], place[moved, 0]]
+    colour = pixels[place[:, 1], place[:, 0]]
+    colour[count:][~moved[count:]] = 0  # seeds outside become black ones at (0,0)
     return colour, place.astype(np.float32)
 
 
 def blur(image, edge, middle):
     """uint8 (H,W,C) with the kernel (edge, middle, edge) / 256 both ways, borders mirrored."""
-    p = np.pad(image.astype(np.int32), ((1, 1), (1, 1), (0, 0)), "reflect")
-    p = edge * (p[:-2] + p[2:]) + middle * p[1:-1]
-    p = edge * (p[:, :-2] + p[:, 2:]) + middle * p[:, 1:-1]
-    return p + 2 ** 15 >> 16
+    for axis in (0, 1):
+        image = ndimage.correlate1d(image, [edge, middle, edge], axis, np.int32, "mirror")
+    return image + 2 ** 15 >> 16
 
 
 def grid(H, W, step):
@@ -154,8 +142,6 @@ def grid(H, W, step):
     return np.arange(H)[:, None] * rows // H * columns + np.arange(W) * columns // W
 
 
-# ---------------------------------------------------------------- views
-
 def content(picture):
     """uint8 RGB (H,W,3) -> probability (H,W) of being the point that all views show: high on edges.
 
@@ -164,19 +150,14 @@ def content(picture):
     grey = (blur(picture, 64, 128) @ np.array([0.299, 0.587, 0.114])).round()
     dx, dy = (ndimage.sobel(grey, axis, mode="nearest") for axis in (1, 0))
     m = dx * dx + dy * dy
-    p = np.pad(m, 1)
-
-    def at(y, x):
-        return p[1 + y:1 + y + len(m), 1 + x:1 + x + m.shape[1]]
-    falling, rising = np.maximum(at(-1, 1), at(1, -1)), np.maximum(at(-1, -1), at(1, 1))
+    at = np.lib.stride_tricks.sliding_window_view(np.pad(m, 1), m.shape)  # (3,3,H,W): neighbours
+    falling, rising = np.maximum(at[0, 2], at[2, 0]), np.maximum(at[0, 0], at[2, 2])
     peak = m > np.where(dx * dy < 0, falling, rising)
     tan = 0.41421356  # of 22.5 degrees: an edge has one of four directions
-    peak = np.where(abs(dy) < tan * abs(dx), (m > at(0, -1)) & (m >= at(0, 1)), peak)
-    peak = np.where(abs(dx) < tan * abs(dy), (m > at(-1, 0)) & (m >= at(1, 0)), peak)
-    parts, n = ndimage.label(peak & (m > 10 ** 2), np.ones((3, 3)))
-    strong = np.zeros(n + 1, bool)
-    strong[parts[peak & (m > 50 ** 2)]] = True
-    edge = strong[parts]
+    peak = np.where(abs(dy) < tan * abs(dx), (m > at[1, 0]) & (m >= at[1, 2]), peak)
+    peak = np.where(abs(dx) < tan * abs(dy), (m > at[0, 1]) & (m >= at[2, 1]), peak)
+    weak, strong = peak & (m > 10 ** 2), peak & (m > 50 ** 2)
+    edge = ndimage.binary_propagation(strong, np.ones((3, 3)), weak)
     edge[1:] |= edge[:-1].copy()
     p = blur(edge[..., None] * np.uint8(255), 64, 128)[..., 0] / 255 + 0.005
     return p / p.sum()
@@ -226,41 +207,33 @@ def nearest(x, side):
     return x[steps * x.shape[0] // side][:, steps * x.shape[1] // side]
 
 
-def occurring(labels, count):
-    """Which of the ids 0..count-1 occur -> bool (count+1,); the last place is that of -1."""
-    found = np.zeros(count + 1, bool)
-    found[labels] = True
-    return found
-
-
 def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
-    """-> noise [(s,s) bool] per view, and which ids stay common to all views, bool (count+1,).
+    """-> bool (views,count+1): which of the ids 0, 1, ..., count-1, -1 are noise in a view, and
+    (count+1,): which stay common to all.
 
     crops: labels [(s,s)]; shared (views,4): the common rectangle in each. A region that a view's
     rectangle touches becomes noise in that view and a region of none; a random quarter of the
     common ids is spared. A rectangle that touches padding (-1) makes all padding noise.
     """
+    ids = np.r_[:count, -1]
     x0, y0, x1, y1 = shared[0]
-    kept = occurring(crops[0][y0:y1, x0:x1], count)
-    kept[-1] = False
+    kept = np.isin(ids, crops[0][y0:y1, x0:x1]) & (ids >= 0)
     if spared is None:
         spared = rng.choice(kept.nonzero()[0], kept.sum() // 4, replace=False)
-    noise = []
-    for labels, (x0, y0, x1, y1) in zip(crops, np.maximum(rectangles, 0)):
-        touched = occurring(labels[y0:y1, x0:x1], count)
-        touched[spared] = False
-        noise.append(touched[labels])
-        kept &= ~touched
-    return noise, kept
+    noise = np.stack([np.isin(ids, labels[y0:y1, x0:x1])
+                      for labels, (x0, y0, x1, y1) in zip(crops, np.maximum(rectangles, 0))])
+    noise[:, spared] = False
+    return noise, kept & ~noise.any(0)
 
 
 def resize_regions(crops, shared, kept, side):
     """Crops -> (views,side,side), nearest; which kept ids all views still show in `shared`."""
-    count, views = len(kept) - 1, np.stack([nearest(labels, side) for labels in crops])
-    kept = kept & occurring(views[0], count)  # in view 0 anywhere will do, as published
+    ids = np.r_[:len(kept) - 1, -1]
+    views = np.stack([nearest(labels, side) for labels in crops])
+    kept = kept & np.isin(ids, views[0])  # in view 0 anywhere will do, as published
     for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * side):
         a, b = labels.shape
-        kept &= occurring(view[y0 // a:y1 // a, x0 // b:x1 // b], count)
+        kept &= np.isin(ids, view[y0 // a:y1 // a, x0 // b:x1 // b])
     return views, kept
 
 
@@ -286,13 +259,12 @@ def make_views(picture, regions, rng, args):
              for s in sizes]
     noise, kept = mask_views(crops, shared, masks, count, rng=rng)
     labels, kept = resize_regions(crops, shared, kept, side)
-    labels = np.where(kept, kept.cumsum() - 1, -1)[labels]
-    views = []
-    for label, box, hidden in zip(labels, boxes, noise):
-        label[nearest(hidden, side)] = -2
-        view = v2.functional.resize(crop(picture, box), [side, side], BICUBIC, antialias=True)
+    numbers, views = np.where(kept, kept.cumsum() - 1, -1), []
+    for i, (box, hidden) in enumerate(zip(boxes, noise)):
+        view = v2.functional.resize(crop(picture, box), [side, side], InterpolationMode.BICUBIC)
+        labels[i] = np.where(hidden, -2, numbers)[labels[i]]
         if rng.random() < 0.5:
-            view, label[:] = view.flip(-1), label[:, ::-1].copy()
+            view, labels[i] = view.flip(-1), labels[i, :, ::-1].copy()
         views.append(view)
     return torch.stack(views), labels
 
@@ -302,7 +274,6 @@ def make_views(picture, regions, rng, args):
 class FPN(nn.Module):
     """Maps of the stages -> (B,K,h,w): 1x1 convolutions, upsampled and added from the top. PiCIE's;
     torchvision's FeaturePyramidNetwork has nearest upsampling and 3x3 convolutions besides."""
-
     def __init__(self, widths, K):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(width, K, 1) for width in widths)
@@ -322,21 +293,16 @@ def separable(c_in, c_out, dilation=1):
         nn.Conv2d(c_in, c_out, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(c_out))
 
 
-def conv_bn(c_in, c_out, kernel=1):
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
-
-
 class DeepLab(nn.Module):
     """DeepLabV3+: an atrous pyramid on the last stage, refined by the first -> (B,K,h,w).
     torchvision's ASPP has full convolutions, ReLU after BN, and dropout."""
-
     def __init__(self, widths, K):
         super().__init__()
         top = widths[-1]
-        self.one, self.pool, self.low = conv_bn(top, 256), conv_bn(top, 256), conv_bn(widths[0], 48)
+        self.one, self.pool = (Conv2dNormActivation(top, 256, 1) for _ in range(2))
+        self.low = Conv2dNormActivation(widths[0], 48, 1)
         self.atrous = nn.ModuleList(separable(top, 256, dilation) for dilation in (12, 24, 36))
-        self.merge = conv_bn(5 * 256, 256, 3)  # no ReLU after it, as published
+        self.merge = Conv2dNormActivation(5 * 256, 256, 3, activation_layer=None)  # no ReLU
         self.decode = nn.Sequential(separable(304, 256), separable(256, 256), nn.Conv2d(256, K, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -345,10 +311,9 @@ class DeepLab(nn.Module):
                 nn.init.constant_(m.bias, 1e-4)
 
     def forward(self, maps):
-        x, low = maps[-1], self.low(maps[0]).relu()
-        pooled = self.pool(x.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *x.shape[2:])
-        branches = [branch(x) for branch in self.atrous]
-        x = self.merge(torch.cat([self.one(x).relu(), *branches, pooled], 1))
+        x, low = maps[-1], self.low(maps[0])
+        pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        x = self.merge(torch.cat([self.one(x), *(branch(x) for branch in self.atrous), pooled], 1))
         x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
         return self.decode(torch.cat([low, x], 1))
 
@@ -359,7 +324,6 @@ class Network(nn.Module):
     resnet: one of torchvision's, of which it keeps the first `depth` of the four stages. Strides of
     the last two become dilations, also in their first 3x3, where torchvision's option halves them.
     """
-
     def __init__(self, resnet, decoder, K, depth=None):
         super().__init__()
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -381,30 +345,25 @@ class Network(nn.Module):
         return self.decoder(maps)
 
 
-class LinearModel(nn.Sequential):
+def linear_model(K, filters, classes):
     """Linear model of L filters: (B,K,H,W) -> (B,C,H,W). The paper calls it a 1x1 convolution; the
     published code has two with BN between them."""
-
-    def __init__(self, K, filters, classes):
-        super().__init__(nn.Conv2d(K, filters, 1, bias=False), nn.BatchNorm2d(filters),
+    return nn.Sequential(nn.Conv2d(K, filters, 1, bias=False), nn.BatchNorm2d(filters),
                          nn.Conv2d(filters, classes, 1))
 
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> unit embeddings (B,K,H,W); .linear and .cluster are fitted afterwards."""
-
     alpha = 10  # the CRF gets log-softmax(cosine / tau)
 
     def __init__(self, args, weights="none"):
         super().__init__()
-        resnet = load_resnet(args.arch, weights)
-        self.network = Network(resnet, args.decoder, args.code_dim, args.depth)
-        prototypes = nn.Linear(args.code_dim, args.prototypes).weight.data
+        resnet, K = load_resnet(args.arch, weights), args.code_dim
+        self.network = Network(resnet, args.decoder, K, args.depth)
+        prototypes = nn.Linear(K, args.prototypes).weight.data
         self.prototypes = nn.Parameter(F.normalize(prototypes))  # (prototypes,K)
-        self.cluster = eval.ClusterProbe(args.code_dim, args.clusters)
-        self.linear = None
-        if args.classes:
-            self.linear = LinearModel(args.code_dim, args.filters, args.classes)
+        self.cluster = eval.ClusterProbe(K, args.clusters)
+        self.linear = linear_model(K, args.filters, args.classes) if args.classes else None
 
     def forward(self, images):
         x = self.network(images).float().contiguous(memory_format=torch.channels_last)
@@ -457,28 +416,18 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
     return -(assignment * F.log_softmax(scores / tau, -1)).sum(-1).mean()
 
 
-def push(queue, z):
-    """The queue (length,K) with new vectors in front, the oldest gone."""
-    return torch.cat([z, queue])[:len(queue)]
-
-
 # ---------------------------------------------------------------- training
 
 class Views(torch.utils.data.Dataset):
     """Item: "image" (views,3,side,side) uint8, "regions" int16 (`make_views`), index, path, error.
 
-    Superpixels of square images are computed once, in memory that the workers share: of 50,000
-    images, or as many as a quarter of the machine's memory holds.
+    Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold.
     """
-
     def __init__(self, images, args):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
-        square = square and (args.size / args.region_size + 1) ** 2 < 2 ** 15
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 20  # Windows: 4 GB
-        room = pages * 4096 // (8 * args.size ** 2)
-        shape = min(len(images), 50_000, room) if square else 0, args.size, args.size
-        memory = mmap.mmap(-1, 2 * math.prod(shape) or 1)  # zeros, taken page by page
+        shape = min(len(images), 2 ** 32 // args.size ** 2) * square, args.size, args.size
+        memory = mmap.mmap(-1, 2 * math.prod(shape) + 1)  # zeros, taken page by page
         self.cache = np.ndarray(shape, np.int16, memory)  # labels + 1
 
     def __reduce__(self):  # where workers are not forked, each has a cache of its own
@@ -493,27 +442,24 @@ class Views(torch.utils.data.Dataset):
             return grid(*picture.shape[1:], self.args.region_size)
         if i < len(self.cache) and self.cache[i, -1, -1]:  # the last to be written
             return self.cache[i] - 1
-        picture = picture.permute(1, 2, 0).numpy()
-        labels = slic(picture, self.args.region_size, self.args.ruler)
-        if i < len(self.cache):
+        labels = slic(picture.permute(1, 2, 0).numpy(), self.args.region_size, self.args.ruler)
+        if i < len(self.cache) and labels.max() < 2 ** 15 - 1:
             self.cache[i] = labels + 1
         return labels
 
     def __getitem__(self, i):
         for _ in range(100):
-            item = {"index": i, "path": self.images.paths[i], "error": ""}
-            try:
-                picture = self.images.picture(i)
-            except Exception as error:  # as in data.Images: a broken file ends no run
-                return {**item, "error": data.describe(error)}
+            picture, error = data.attempt(self.images.picture, i)
+            item = {"index": i, "path": self.images.paths[i], "error": error}
+            if error:
+                return item
             rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
             views, regions = make_views(picture, self.regions(i, picture), rng, self.args)
             if regions.max() >= 0:
                 kind = np.int16 if self.args.region_size > 3 else np.int32
                 return {**item, "image": views, "regions": torch.from_numpy(regions.astype(kind))}
             i = torch.randint(len(self), ()).item()  # no region that all views show: another image
-        raise ValueError("100 images in a row have no region that all views show; "
-                         "lower --region-size")
+        raise ValueError("100 images have no region that all views show; lower --region-size")
 
 
 class LARS(torch.optim.Optimizer):
@@ -522,7 +468,6 @@ class LARS(torch.optim.Optimizer):
     Where either has length zero, a plain step without weight decay. Biases and BN are treated like
     the rest, as published. All tensors at once: 25 calls instead of 1,304.
     """
-
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
         super().__init__(params, defaults)
@@ -565,18 +510,12 @@ def augment(images, regions, args, run):
     return x.transpose(0, 1), regions.transpose(0, 1)
 
 
-def existing(z, numbers):
-    """Vectors (...,B,most,K) of images with so many regions each -> (...,all regions,K)."""
-    return torch.cat([z[..., b, :n, :] for b, n in enumerate(numbers)], -2)
-
-
 def train(args):
     if args.cache_features:
         raise ValueError("--cache-features: ViCE trains its network; leave it out")
     images = data.load(args.data, args.root, "train", size=args.size, protocol=args.protocol)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
     whole = data.load(args.data, args.root, "train", size=args.eval_size, protocol=val.protocol)
-    schedule(args, len(images))
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     run = common.Run("vice", args, images, val)
     if args.batch_size % (run.world * args.accumulate):
@@ -597,21 +536,21 @@ def train(args):
             views, regions = augment(views, regions, args, run)  # (views,B,...)
             with run.autocast():  # all views at once: they share batch statistics
                 maps = model.network(views.flatten(0, 1)).float()
-            numbers = common.gather(regions[0].flatten(1).amax(1) + 1).tolist()  # of each image
-            z = embed_regions_folded(maps, regions.flatten(0, 1), max(numbers))
+            numbers = common.gather(regions[0].flatten(1).amax(1) + 1)  # regions of each image
+            z = embed_regions_folded(maps, regions.flatten(0, 1), int(numbers.max()))
             z = z.unflatten(0, regions.shape[:2])  # (views,B,most,K)
-            B = z.shape[1]
-            before, own = numbers[:B * run.rank], numbers[B * run.rank:][:B]
-            everyone = existing(common.gather(z[0].detach()), numbers)  # (all regions,K)
-            z = existing(z[1:], own)  # (views-1,own regions,K)
+            real = torch.arange(z.shape[2], device=run.device) < numbers[:, None]  # (images,most)
+            everyone = common.gather(z[0].detach())[real]  # (all regions,K)
+            before = numbers[:run.rank * z.shape[1]].sum()
+            z = z[1:, real.chunk(run.world)[run.rank]]  # (views-1,own regions,K)
             past = queue[queue.any(1)] if step >= args.queue_start else queue[:0]
             scores = torch.cat([everyone, past]) @ model.prototypes.detach().T
-            assignment = sinkhorn(scores)[sum(before):][:sum(own)]
+            assignment = sinkhorn(scores)[before:][:z.shape[1]]
             loss = swapped_prediction_loss(z @ model.prototypes.T, assignment)
-            loss = loss * sum(own) * run.world / sum(numbers)  # their mean: over all regions
+            loss = loss * z.shape[1] * run.world / len(everyone)  # their mean: over all regions
             (loss / args.accumulate).backward()
-            queue.copy_(push(queue, everyone))
-        run.log(loss=loss, regions=sum(numbers) / len(numbers))
+            queue.copy_(torch.cat([everyone, queue])[:len(queue)])  # the oldest leave
+        run.log(loss=loss, regions=len(everyone) / len(numbers))
         if step < args.freeze:
             model.prototypes.grad = None
         optimizer.step()
@@ -641,9 +580,8 @@ def load_resnet(arch, weights):
     net.fc = nn.Identity()
     if weights is None:  # in hub's cache, downloaded on first use; the file's name ends in its hash
         url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-        weights = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        if not weights.exists():
-            common.download(url, weights, weights.stem.rsplit("-", 1)[1])
+        weights = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+        common.download(url, weights, weights.stem.rsplit("-", 1)[1])
     if weights != "none":
         common.load_weights(net, weights, arch)
     return net
@@ -653,8 +591,8 @@ def fit_linear(model, images, filters, args):
     """A linear model of so many filters (L) on the frozen network. images: a train split."""
     torch.manual_seed(args.seed)
     model.eval()
-    linear = LinearModel(model.prototypes.shape[1], filters, images.classes)
-    linear.to(model.prototypes.device)
+    _, K = model.prototypes.shape
+    linear = linear_model(K, filters, images.classes).to(model.prototypes.device)
     optimizer = torch.optim.SGD(linear.parameters(), 0.01, 0.9, weight_decay=5e-4)
     batches = whole_images if args.probe_batch else random_pixels
     for step, (z, label) in enumerate(batches(model, images, args)):
@@ -671,22 +609,22 @@ def whole_images(model, images, args):
     device = model.prototypes.device
     mean, std = common.MEAN.to(device), common.STD.to(device)
     changes = dict(brightness=0.125), dict(contrast=0.5), dict(saturation=0.5), dict(hue=0.1)
-    distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**change)]) for change in changes])
+    change = v2.Compose([*(v2.RandomApply([v2.ColorJitter(**x)]) for x in changes),
+                         v2.RandomHorizontalFlip()])
     order = torch.randint(len(images), (args.probe_steps * args.probe_batch,)).tolist()
     for items in eval.batches(images, args.probe_batch, args.workers, "linear model", order):
         pairs = []
         for item in items:  # of any size
-            x, label = item["image"].to(device), item["label"].to(device)[None, None].float()
-            x = (distort(x * std + mean) - mean) / std  # (3,H,W)
-            label = F.interpolate(label, x.shape[1:])[0]  # nearest
-            pairs.append((x.flip(-1), label.flip(-1)) if torch.rand(()) < 0.5 else (x, label))
-        H, W = (max(x.shape[side] for x, _ in pairs) for side in (1, 2))
-        edges = [(0, W - x.shape[2], 0, H - x.shape[1]) for x, _ in pairs]
-        x = torch.stack([F.pad(x, edge) for (x, _), edge in zip(pairs, edges)])
-        label = torch.cat([F.pad(y, edge, value=-1) for (_, y), edge in zip(pairs, edges)])
+            x, label = item["image"].to(device) * std + mean, item["label"].to(device) + 1
+            label = v2.functional.resize(torchvision.tv_tensors.Mask(label), x.shape[1:])
+            x, label = change(x, label)
+            pairs.append(((x - mean) / std, label))
+        size = [max(x.shape[side] for x, _ in pairs) for side in (1, 2)]
+        x, label = (torch.stack([v2.functional.crop(x, 0, 0, *size) for x in each])  # 0 outside
+                    for each in zip(*pairs))
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
             z = model(x)
-        yield z, label.long()
+        yield z, label - 1
 
 
 def random_pixels(model, images, args):
@@ -798,19 +736,18 @@ def arguments():
     return p
 
 
+# steps are the published ones, not epochs: the images are not the same
 PUBLISHED = dict(batch_size=128, lr=0.32, queue=160_000, protocol="square")
 LARGE = dict(view_size=400, prototypes=128, protocol="native")
+SMALL = dict(views=3, colour=0.4, beta=(0.75, 1.25), prototypes=32, queue_start=30, freeze=20,
+             probe_images=128, probe_pixels=160, probe_batch=0)
 PRESETS = {
-    "scenes": dict(
-        weights="none", depth=2, size=96, eval_size=96, region_size=8, views=3, view_size=64,
-        colour=0.4, blur=0.0, beta=(0.75, 1.25), prototypes=32, queue=1000, queue_start=30,
-        freeze=20, steps=200, batch_size=12, lr=1.5, filters=27, probe_images=128,
-        probe_pixels=160, probe_steps=300, probe_batch=0),
-    "camvid": dict(  # three stages and small images: what a CPU does in minutes
-        depth=3, size=128, eval_size=128, region_size=10, views=3, view_size=96, colour=0.4,
-        blur=0.1, beta=(0.75, 1.25), prototypes=32, queue=2000, queue_start=30, freeze=20,
-        steps=150, batch_size=8, lr=0.5, filters=45, probe_images=128, probe_pixels=160,
-        probe_steps=1000, probe_batch=0),
+    "scenes": dict(SMALL, weights="none", depth=2, size=96, eval_size=96, region_size=8,
+                   view_size=64, blur=0.0, queue=1000, steps=200, batch_size=12, lr=1.5,
+                   filters=27, probe_steps=300),
+    # three stages and small images: what a CPU does in minutes
+    "camvid": dict(SMALL, depth=3, size=128, eval_size=128, region_size=10, view_size=96, blur=0.1,
+                   queue=2000, steps=150, batch_size=8, lr=0.5, filters=45, probe_steps=1000),
     "camvid resnet50": dict(steps=80, batch_size=6),
     "camvid weights=none": dict(lr=1.5),
     "coco27": dict(PUBLISHED, steps=7552),  # 4 epochs of 241,690 images in the paper
@@ -819,17 +756,12 @@ PRESETS = {
     "cityscapes19": dict(PUBLISHED, steps=936),  # 24 epochs of 5,000
     "cityscapes19 weights=none": dict(steps=5616, warmup=0.0033),
     "cityscapes19 decoder=deeplab": dict(LARGE, steps=1872, warmup=0.01, size=1024, eval_size=1024),
-    "cityscapes19 resnet50 decoder=deeplab": dict(steps=2808, warmup=0.0067),
-    "cityscapes19 resnet101 decoder=deeplab": dict(steps=2808, warmup=0.0067),
+    "cityscapes19 resnet?0* decoder=deeplab": dict(steps=2808, warmup=0.0067),  # 50 and 101
     "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
                   probe_images=20, probe_steps=10),
 }
 PRESETS["cityscapes27"] = PRESETS["cityscapes19"]
 
 
-def schedule(args, n):
-    """Nothing to fill in: presets give the published steps, since the images are not the same."""
-
-
 if __name__ == "__main__":
-    common.main(arguments, PRESETS, schedule, train, data.count)
+    common.main(arguments, PRESETS, lambda args, images: None, train, data.count)
