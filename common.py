@@ -289,6 +289,12 @@ def gather(x):
     return reduce_sum(rows).flatten(0, 1)
 
 
+def broadcast(module):
+    """Process 0's parameters and buffers in all: on a GPU sums may differ in the last bit."""
+    for x in module.state_dict().values() if world() > 1 else ():
+        dist.broadcast(x, 0)
+
+
 def average_gradients(module):
     """From now on every backward() leaves the mean of a module's gradients over all processes."""
     def mean(p):
@@ -350,7 +356,9 @@ class Run:
             if images.root and Path(images.root).resolve().is_relative_to(self.folder.resolve()):
                 raise ValueError(f"--out {args.out} holds the data; take a folder inside or beside")
         if args.workers is None:
-            args.workers = 0 if args.data == "scenes" else 2 if self.device.type == "cpu" else 8
+            cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            few = self.device.type == "cpu"  # it computes as well
+            args.workers = 0 if args.data == "scenes" else min(2 if few else 16, cores)
         if args.arch == "dct8" and args.data not in DATA:
             say("dct8 is useless on photographs; take a ViT, such as --arch dinov2_vits14")
         torch.manual_seed(args.seed)
@@ -606,7 +614,10 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        part.write_bytes(content)
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}); the old one is intact") from None
@@ -1000,7 +1011,7 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     if arch == "dct8" and weights not in (None, "none"):
         raise ValueError(f"dct8 has no weights; {weights} needs the --arch that it was trained as")
     if arch != "dct8" and weights != "none":
-        load_weights(backbone, weights or fetch(arch), arch)
+        load_weights(backbone, weights or fetch(ARCHS[arch], arch), arch)
     if depth is not None:
         del backbone.blocks[depth:]
     return backbone.requires_grad_(False).eval()
@@ -1076,12 +1087,13 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(arch):
-    """The authors' file in torch hub's cache, downloaded on first use, its sha256 checked on every
-    use. Where none is published, that of the first download is kept beside it, in NAME.sha256."""
-    url, _, sha256 = ARCHS[arch].partition(" ")
+def fetch(source, arch):
+    """A file of weights, `source` as in ARCHS, in torch hub's cache: downloaded on first use, its
+    sha256 checked on every use. Where none is published, that of the first download is kept beside
+    it, in NAME.sha256."""
+    url, _, sha256 = source.partition(" ")
     if url == "by":
-        raise ValueError(f"weights of {arch} are got {ARCHS[arch]}; then give --weights FILE")
+        raise ValueError(f"weights of {arch} are got {source}; then give --weights FILE")
     name = url.rsplit("/", 1)[1].replace("checkpoint_teacher", f"{arch}_checkpoint_teacher")
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     note = path.with_name(name + ".sha256")

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 bags = partial(F.embedding_bag, mode="sum")  # sums of weighted rows, faster than sparse products
@@ -193,7 +193,10 @@ def before_and_after(photo):
     logits = F.interpolate(logits, (H, W), mode="bilinear")[0]
     colours = torch.tensor([ImageColor.getrgb(f"hsv({60 * k},60%,90%)") for k in range(6)])
     maps = [colours[x.argmax(0)] for x in (logits, dense_crf(photo, logits))]  # (H,W,3)
-    return Image.fromarray(torch.cat([photo.permute(1, 2, 0), *maps], 1).byte().numpy())
+    whole = Image.fromarray(torch.cat([photo.permute(1, 2, 0), *maps], 1).byte().numpy())
+    for k, title in enumerate(("photo", "before", "after")):
+        ImageDraw.Draw(whole).text((4 + k * W, H - 15), title, "white", stroke_width=1, stroke_fill=0)
+    return whole
 
 
 def bench(photo, batch, device):

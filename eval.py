@@ -347,6 +347,8 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     model.eval()
     classes, labelled, failed = dataset.classes, 0, []
     probes = probes or probes_of(model)
+    for module in (model, *probes.values()):
+        common.broadcast(module)
     counts = {name: torch.zeros(len(getattr(probe, "clusters", range(classes))), classes,
                                 dtype=torch.long, device=device) for name, probe in probes.items()}
     for items in batches(dataset, batch_size, workers, what):
@@ -418,8 +420,6 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, 
     probes, votes = {}, {}
     for number in numbers:
         centres = kmeans(features, number, seed=seed)
-        if common.world() > 1:
-            dist.broadcast(centres, 0)  # the same to the last bit
         probes[f"{number} clusters"] = probe = ClusterProbe(*centres.T.shape)
         probe.clusters.data = centres
         if (labels >= 0).any():
@@ -598,7 +598,7 @@ def samples(model, dataset, device, indices):
 def small(photo, ids, count):
     """photo (H,W,3), ids (H,W) -> both at a height of 120, share of each of `count` ids."""
     shares = np.bincount(ids.ravel(), minlength=count) / ids.size
-    ids = np.asarray(thumbnail(ids.astype(np.int32), 120))
+    ids = np.asarray(thumbnail(ids.astype(np.int32), 120)).astype(np.int16)
     return np.asarray(thumbnail(photo, 120, smooth=True)), ids, shares
 
 
@@ -1082,6 +1082,7 @@ def import_official(options):
     tensors = read_official(method, files)
     words = ["--data", options.data, "--arch", options.arch, "--out", options.out]
     args, cause = common.parse(module.arguments, module.PRESETS, words), method == "cause"
+    args.steps = args.steps or 1  # of epochs: it is not trained here
     args.root, args.weights = options.root, options.weights
     try:
         args.classes, args.code_dim = tensors["linear.weight"].shape[:2]

@@ -30,6 +30,7 @@ p  eq. 7 takes attention above its mean; here as in the code clipped, soft-maxed
 p  eq. 9 divides by |I^local|; here as in the code by the patches of the 3 x 3 window
 p  eq. 10 mixes z_i (of z_p it says nothing); here as in the code all that it is compared with too
 p  lambda grows at once; here as in the code after a warm-up (--warmup 0: the paper)
+p  f_i, s_i, z_i and both pools are bare; here as in the code dropout comes before all of them
 p  20 epochs of Cityscapes; here as in the code 30; its Potsdam has K = 256, rho = 1, alpha = 0
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
 c  Q^sp comes from fresh images; here from the last ones trained on, fresh too, without a pass;
@@ -161,6 +162,7 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
         weight = (ag + lam * sp)[kept]  # of each p in P
         compared = ((ag | negatives) & others)[kept]  # N u P
         number = weight.sum(1)  # |P|
+        # an anchor's share of the mean: reweight cancels the 1/|P| of eq. 5, as in the code
         share = number if reweight else torch.ones_like(number)
         loss = 0
         for x in (z, z_mix):
@@ -362,11 +364,11 @@ class Contrast(torch.autograd.Function):
     38 with the gradient for 16 images of 784 patches, K = 512, one thread.
 
     In closed form, by blocks of the (M,M) matrix whose rows and columns are anchors. With l_ij =
-    z_i z_j / tau, w_ij the weight of a positive, W_i = sum_j w_ij, D_i what i is compared with,
-    Z_i = sum of exp l_ij over D_i, and a_i the anchor's share of the loss over W_i:
-        loss = sum_i a_i (W_i log Z_i - sum_j w_ij l_ij),   d loss / d z_i = sum_j S_ij z_j / tau,
-        S_ij = (r_i [j in D_i] + r_j [i in D_j]) exp l_ij - (a_i + a_j) w_ij,   r_i = a_i W_i / Z_i
-    A first pass finds Z and the value, a second S. The first GB of exp l is kept meanwhile.
+    z_i z_j / tau, w_ij the weight of a positive, W_i = sum_j w_ij, A_i what i is compared with,
+    E_i = sum of exp l_ij over A_i, and a_i the anchor's share of the loss over W_i:
+        loss = sum_i a_i (W_i log E_i - sum_j w_ij l_ij),   d loss / d z_i = sum_j G_ij z_j / tau,
+        G_ij = (r_i [j in A_i] + r_j [i in A_j]) exp l_ij - (a_i + a_j) w_ij,   r_i = a_i W_i / E_i
+    A first pass finds E and the value, a second G. The first GB of exp l is kept meanwhile.
     """
     @staticmethod
     def forward(ctx, z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight, own):
@@ -396,16 +398,16 @@ class Contrast(torch.autograd.Function):
             w = torch.add(w, real(positives_sp[b, c]), alpha=lam) if lam else w
             return w.mul_(a[b, None] + a[c])
 
-        def compared(b, c):  # [j in D_i] and [i in D_j], without i itself
+        def compared(b, c):  # [j in A_i] and [i in A_j], without i itself
             ag = positives_ag[b, c]
             sides = [ag | negatives[:, c].repeat((b.stop - b.start) // N, 1),
                      ag | negatives_t[b].repeat(1, (c.stop - c.start) // N)]
             return [real(d.fill_diagonal_(False) if b == c else d) for d in sides]
 
-        loss, Z, kept, room = 0, torch.zeros(2, M, device=z.device), [], 2 ** 28
+        loss, E, kept, room = 0, torch.zeros(2, M, device=z.device), [], 2 ** 28
         for b, c in pairs:
             P, (d_b, d_c), exps = pull(b, c), compared(b, c), []
-            for (x, scaled), total in zip(embeddings, Z):
+            for (x, scaled), total in zip(embeddings, E):
                 logit = scaled[b] @ x[c].T
                 loss = loss - (P * logit).sum() / (2 if b == c else 1)
                 exp = logit.exp_()
@@ -415,18 +417,18 @@ class Contrast(torch.autograd.Function):
                 exps.append(exp)
             room -= 2 * P.numel()
             kept.append(exps if room >= 0 else None)
-        Z = Z.where(a > 0, torch.ones_like(Z))
-        loss = loss + (a * W * Z.log()).sum()
+        E = E.where(a > 0, torch.ones_like(E))
+        loss = loss + (a * W * E.log()).sum()
 
-        r, gradients = a * W / Z, [torch.zeros_like(z), torch.zeros_like(z_mix)]
+        r, gradients = a * W / E, [torch.zeros_like(z), torch.zeros_like(z_mix)]
         for b, c in reversed(pairs):
             P, (d_b, d_c), exps = pull(b, c), compared(b, c), kept.pop()
             exps = exps or [(scaled[b] @ x[c].T).exp_() for x, scaled in embeddings]
             for (_, scaled), exp, r_e, gradient in zip(embeddings, exps, r, gradients):
-                S = (d_b * r_e[b, None]).add_(d_c * r_e[c]).mul_(exp).sub_(P)
-                gradient[b] += S @ scaled[c]
+                G = (d_b * r_e[b, None]).add_(d_c * r_e[c]).mul_(exp).sub_(P)
+                gradient[b] += G @ scaled[c]
                 if b != c:
-                    gradient[c] += S.T @ scaled[b]
+                    gradient[c] += G.T @ scaled[b]
         ctx.save_for_backward(*gradients)
         return loss
 

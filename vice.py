@@ -58,7 +58,6 @@ Ours from the published code:
 import copy
 import math
 import mmap
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -580,8 +579,8 @@ def load_resnet(arch, weights):
     net.fc = nn.Identity()
     if weights is None:  # in hub's cache, downloaded on first use; the file's name ends in its hash
         url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-        weights = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-        common.download(url, weights, weights.stem.rsplit("-", 1)[1])
+        sha256 = url.rsplit("-", 1)[1].removesuffix(".pth")
+        weights = common.fetch(f"{url} {sha256}", arch)
     if weights != "none":
         common.load_weights(net, weights, arch)
     return net
