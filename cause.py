@@ -491,13 +491,14 @@ def schedule(args, n):
 
 PAPER = dict(epochs=(1, 2, 1), codebook_steps=None, probe_steps=None, codebook_size=320)
 TR = dict(epochs=(1, 2, 5), size=320)
+SMALL = dict(steps=300, codebook_steps=150, probe_steps=150, lr=1e-3, probe="kmeans", codes=256,
+             bank_slots=50, window=2, projection_dim=512)  # a few hundred images, on a CPU too
 PRESETS = {
-    "folder": dict(probe="kmeans"),
+    "folder": SMALL,
     "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=200, probe_steps=50, lr=1e-3,
                    probe="kmeans", codes=64, bank_slots=50, window=2, projection_dim=512),
     "scenes head=tr": dict(codebook_steps=800, lr=1e-4),  # at 1e-3 its clusters vary by ten points
-    "camvid": dict(eval_size=224, steps=300, codebook_steps=150, probe_steps=150, lr=1e-3,
-                   probe="kmeans", codes=256, bank_slots=50, window=2, projection_dim=512),
+    "camvid": dict(SMALL, eval_size=224),
     "coco27": dict(PAPER, crops=5, clip=2.0), "coco27 head=tr": TR,
     "coco27 head=mlp": dict(clip=0.1),
     "coco81": dict(PAPER, crops=20), "coco81 head=tr": TR,
