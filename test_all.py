@@ -203,6 +203,20 @@ def finished(method):
     expect(smoke(method, out, "--data", photos, "--clusters 6"), 0)
     return out
 
+def copy_of(method, target, **args):
+    """A finished run that may be changed, its options too -> its folder."""
+    shutil.copytree(finished(method), target)
+    content = common.load_checkpoint(target)
+    common.save({**content, "args": {**content["args"], **args}}, target / "last.pt")
+    return target
+
+def in_processes(n, call):
+    """Run a call of this file's, as text, in n processes."""
+    command = [sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node {n}".split(),
+               "--no-python", sys.executable, "-c", f"import test_all; test_all.{call}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=400)
+    assert done.returncode == 0, f"{call}, {n} processes: {done.stderr[-2000:]}"
+
 @contextlib.contextmanager
 def served(content, cut=None, tag='"1"', shift=0):
     """A server of one file, with ranges while its ETag stays -> URL, the ranges asked for. An answer breaks
@@ -868,8 +882,7 @@ def test_crf_exact_equals_the_formula():
 
 def test_crf_options_and_batches():
     (image, logits), (other, others) = crf_scene(20, 26, 5), crf_scene(20, 26, 5, seed=1)
-    cost, Q = 1 - torch.eye(5), crf.dense_crf(image, logits)
-    unary = logits.softmax(0).clamp(1e-5, 1)
+    cost, Q, unary = 1 - torch.eye(5), crf.dense_crf(image, logits), logits.softmax(0).clamp(1e-5, 1)
     close(Q.sum(0), torch.ones(20, 26), 1e-5)
     close(crf.dense_crf(image, logits, 10, 1, 3 * cost, bilateral_compat=4 * cost), Q, 1e-4)
     close(crf.dense_crf(image, logits.double() + 7), Q, 1e-4)
@@ -886,8 +899,6 @@ def test_crf_options_and_batches():
 def test_crf_trivial_and_bad_inputs():
     image, logits = crf_scene(7, 9, 3)
     close(crf.dense_crf(image, logits[:1]), torch.ones(1, 7, 9), 1e-6)  # one class
-    pixel = crf.dense_crf(image[None, :, :1, :1], logits[None, :, :1, :1])
-    assert pixel.argmax() == logits[:, 0, 0].argmax()
     close(crf.dense_crf(image[:, :1], logits[:, :1]).sum(0), torch.ones(1, 9), 1e-5)  # one row
     assert crf.dense_crf(image[None][:0], logits[None][:0]).shape == (0, 3, 7, 9)  # no image
     nan, inf, none, never = (logits.clone() for _ in range(4))
@@ -895,8 +906,7 @@ def test_crf_trivial_and_bad_inputs():
     Q = crf.dense_crf(image, never)
     assert Q.isfinite().all() and (Q.argmax(0) != 1).all()
     nan[0, 2, 3], inf[0, 2, 3], none[:, 2, 3] = torch.nan, torch.inf, -torch.inf
-    for bad in (nan, inf, none, logits[:, :5], logits.long(), logits[:0], logits[None],
-                logits.numpy()):
+    for bad in (nan, inf, none, logits[:, :5], logits.long(), logits[:0], logits[None], logits.numpy()):
         refuses(ValueError, "", crf.dense_crf, image, bad)
     for bad in (image / 255, image[:2], image[None], image.permute(1, 2, 0), image.numpy()):
         refuses(ValueError, "", crf.dense_crf, bad, logits)
@@ -906,34 +916,19 @@ def test_crf_trivial_and_bad_inputs():
         refuses(ValueError, "", crf.dense_crf, image, logits, **{name: value})
 
 def test_crf_command_line():
-    def run(words):
-        with (mock.patch.object(sys, "argv", ["crf.py", *words.split()]), quiet() as stderr,
-              contextlib.redirect_stdout(None)):
-            try:
-                runpy.run_path(crf.__file__, run_name="__main__")
-            except SystemExit as stop:
-                return stop.code, stderr.getvalue()
-        return 0, stderr.getvalue()
-
     with folder() as tmp, contextlib.chdir(tmp):
         Image.fromarray(np.full((60, 80), 100 * 257, np.uint16)).save("photo.png")  # 16 bits
-        put(Path("kept"), "as it was")
+        put(tmp / "kept", "as it was")
         os.symlink("kept", "out.png")
-        assert run("photo.png --out out.png") == (0, "") and Path("kept").read_text() == "as it was"
-        out = Image.open("out.png")
-        assert out.width > 3 * 80 and out.getpixel((9, 9)) == (100, 100, 100)
-        put(Path("eps.jpg"), "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-        put(Path("bomb.png"), "P6 60000 60000 255\n")
+        expect(run("crf", "photo.png --out out.png"), 0)
+        assert (tmp / "kept").read_text() == "as it was"
+        assert Image.open("out.png").getpixel((9, 9)) == (100, 100, 100)
+        put(tmp / "eps.jpg", UNREADABLE["script.jpg"]), put(tmp / "bomb.png", UNREADABLE["bomb.png"])
         Image.fromarray(np.ones((9, 9), np.float32)).save("float.tif")
         files = sorted(os.listdir())
-        for words in ("", "eps.jpg", "bomb.png", "float.tif", "gone.png", "--size",
-                      "photo.png --out a.xyz"):
-            code, text = run(words)
-            assert code == 2 and re.fullmatch("error: .*\n", text), (words, code, text)
+        for words in ("", "eps.jpg", "bomb.png", "float.tif", "gone.png", "--size", "photo.png --out a.xyz"):
+            expect(run("crf", words), 2)
         assert sorted(os.listdir()) == files
-        left = subprocess.run(f"{sys.executable} {crf.__file__} photo.png | true", shell=True,
-                              capture_output=True, text=True)
-        assert left.stderr == ""  # a reader who leaves
 
 
 # ---------------------------------------------------------------- eval
@@ -1037,7 +1032,8 @@ def test_eval_prediction_is_upsample_then_probe():
     model = eval_.Clustered(encoder, 8, eval_.ClusterProbe(16, 9), linear)
     for shape, size in (((2, 40, 56), (40, 56)), ((1, 37, 50), (37, 50)), ((1, 16, 24), (80, 120))):
         image = torch.randn(shape[0], 3, *shape[1:])
-        found, padded = eval_.predict(model, image, size), eval_.padded(image, 8)
+        found = eval_.predict(model, image, size)
+        padded = F.pad(image, (0, -shape[2] % 8, 0, -shape[1] % 8), mode="replicate")
         whole = [round(n * s / i) for n, s, i in zip(padded.shape[2:], size, shape[1:])]
         full = F.interpolate(encoder(padded), whole, mode="bilinear")[..., :size[0], :size[1]]
         for head, logits in (("cluster", model.cluster(full)[1]), ("linear", linear(full))):
@@ -1058,9 +1054,6 @@ def test_eval_tiles_equal_the_whole():
     whole = eval_.predict(model, image)["cluster"]
     for tile in (128, 100, 300):
         assert (eval_.predict(model, image, tile=tile)["cluster"] != whole).float().mean() < 0.01
-    starts, length = eval_.tiles(640, 128, 8)
-    assert starts[0] == 0 and starts[-1] + length == 640
-    assert all(a % 8 == 0 and b - a <= 96 for a, b in zip(starts, starts[1:]))
 
 def test_eval_kmeans():
     generator = torch.Generator().manual_seed(0)
@@ -1074,99 +1067,57 @@ def test_eval_kmeans():
     assert eval_.kmeans(torch.ones(5, 3), 4).isfinite().all()  # fewer different points than centres
     refuses(ValueError, "too few", eval_.kmeans, points[:3], 99999999999)
 
-def tiny_run(folder, method="cause", **more):
-    """A run folder with an untrained model on scenes, as training writes it -> the model."""
-    module = METHODS[method]
-    args = common.parse(module.arguments, module.PRESETS, ["--smoke", "--size", "96"])
-    vars(args).update({"steps": 1, "classes": 6, "clusters": 6, "workers": 0, **more})
-    torch.manual_seed(args.seed)
-    model = module.Model(args)
-    common.save({"method": method, "args": vars(args), "model": common.trained(model), "phase": 0,
-                 "step": 0, "state": {}, "rng": [], "done": True, "log": 0, "images": {},
-                 "backbone": common.digest(model.backbone)}, folder / "last.pt")
-    return model
-
-def run_eval(*words):
-    """eval.py's own command line, inside this process -> exit code, what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        return eval_.run(eval_.arguments().parse_args(words_of(words))), out.getvalue()
-
 def test_eval_scores_runs():
+    """The table of several runs, other ways to score, what they leave behind, codes, a raw backbone."""
+    photos = finished("stego").parent / "set"
     with folder() as tmp:
-        runs = [tmp / f"run{seed}" for seed in (0, 1, 1)]
-        models = [tiny_run(run, seed=seed) for seed, run in enumerate(runs[:2])]
-        code, text = run_eval(*runs)
-        assert code == 0 and "mean of 2 seeds" in text and "±" in text and "not count" in text
-        assert "9 clusters, majority + flip" in run_eval(runs[1], "--flip --clusters 9")[1]
-        path = runs[1] / "scores.json"
-        saved = json.loads(path.read_bytes())  # NaN would not be JSON
-        val = data.load("scenes", None, "val", size=96)
-        counts = eval_.evaluate(models[1], val, "cpu", batch_size=7)["cluster"]  # in other batches
+        runs = [copy_of("stego", tmp / f"run{seed}", seed=seed) for seed in (0, 1)]
+        expect(run("eval", *runs, runs[1]), 0, "mean of 2 seeds", "±", "not count")
+        expect(run("eval", runs[1], "--flip --clusters 9"), 0, "9 clusters, majority + flip")
+        saved, (model, args, _) = scores_of(runs[1]), eval_.load_run(runs[1])
+        val = data.load(str(photos), split="val", size=48, protocol=args.protocol)
+        counts = eval_.evaluate(model, val, "cpu", batch_size=7)["cluster"]
         close(saved["cluster"]["miou"], scored(counts)["miou"], 1e-3)
-        assert counts.sum() == sum(int((val[i]["label"] >= 0).sum()) for i in range(len(val)))
+        assert counts.sum() == sum(int((item["label"] >= 0).sum()) for item in val)
         assert saved["classes"] == val.names and sorted(saved["matching"]) == list(range(6))
-        before = torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd()
-        assert run_eval(runs[1], "--path")[0] == 0 and "9 clusters" in json.loads(path.read_bytes())
-        assert before == (torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd())
-        content = common.load_checkpoint(runs[1])  # trained further, and stopped half-way
-        content["model"]["cluster.clusters"] += 1
-        common.save({**content, "done": False}, runs[1] / "last.pt")
-        for _ in range(2):
-            assert "not been trained to its end" in run_eval(runs[1])[1]
-        assert "9 clusters" not in json.loads(path.read_bytes())
+        expect(run("eval", runs[1], "--path"), 0)
         for name in ("samples", "confusion", "path"):
             assert Image.open(runs[1] / f"{name}.png").width > 200
-        assert run_eval(runs[0], "--embed", tmp / "codes", "--split train")[0] == 0
-        codes = sorted((tmp / "codes").rglob("*.npy"))
-        assert len(codes) == 200 and np.load(codes[0]).shape[1:] == (12, 12)
-        with mock.patch.object(eval_, "fit_linear", partial(eval_.fit_linear, steps=1)):
-            assert run_eval("--arch dct8 --clusters 8 --out", tmp / "raw")[0] == 0
-        raw = json.loads((tmp / "raw/scores.json").read_bytes())
+        expect(run("eval", runs[0], "--embed", tmp / "codes", "--split train"), 0)
+        codes = [np.load(path) for path in (tmp / "codes").rglob("*.npy")]
+        assert len(codes) == len(data.load(str(photos))) and codes[0].shape[1:] == (6, 6)
+        with mock.patch.object(eval_, "fit_linear", partial(eval_.fit_linear, steps=1)), quiet(), \
+                contextlib.redirect_stdout(io.StringIO()):
+            options = eval_.arguments().parse_args(words_of(["--arch dct8 --clusters 8 --out", tmp / "raw"]))
+            assert eval_.run(options) == 0
+        raw = scores_of(tmp / "raw")
         assert raw["linear"]["miou"] > 0.7 and raw["kmeans, majority"]["miou"] > 0.4
 
 def test_eval_refuses():
-    """One line for options that a command does not use, damaged runs and scores, unknown splits."""
+    """One line for options that a command does not use or lacks, and for values that cannot be."""
+    done, images = finished("stego"), finished("stego").parent / "set"
     with folder() as tmp:
-        run, images = tmp / "run", tmp / "images"
-        tiny_run(run)
-        run_eval(run)
-        put(images / "a.png", data.scenes(1, "val", 1, 96)[0][0])
         out = "--out", tmp / "out"
-        for words in (("",), ("--images", images, *out), (run, "--images", images), (run, *out),
-                      (run, "--images", images, *out, "--data scenes"), (run, "--head linear"),
-                      (run, "--split vla"), (run, "--split ../../x"), (run, "--arch dct8"),
-                      (run, "--filters 3"), (run, "--clusters 99999999"), ("--path --arch dct8",),
-                      (run, "--clusters 1"), (run, "--embed", tmp / "a", "--tile 64")):
-            refuses(ValueError, "", run_eval, *words)
-        refuses(FileNotFoundError, "", run_eval, tmp / "none")
-        good = json.loads((run / "scores.json").read_bytes())
-        for key, x in (("matching", [7] * 6), ("matching", 1e12), ("names", [3]), ("palette", [[1, 2, 300]]),
-                       ("cluster", {"iou": [2], "miou": 0, "accuracy": 0}), ("classes", None)):
-            put(run / "scores.json", json.dumps({**good, key: x}))
-            refuses(ValueError, "damaged", eval_.load_run, run)
-        for text in ('{"a": 1}', "[" * 100000, "7", "{"):
-            put(run / "scores.json", text)
-            refuses(ValueError, "damaged", eval_.load_run, run)
-        content = common.load_checkpoint(run)
-        for change in ({"method": "data"}, {"method": "../x"}, {"method": "nothing"}, {"model": {}},
-                       {"args": {**content["args"], "code_dim": 20_000_000}},
-                       {"args": {**content["args"], "arch": ["x"]}}):
-            common.save({**content, **change}, run / "last.pt")
-            refuses(ValueError, "", eval_.load_run, run)
+        for words in (("",), ("--images", images, *out), (done, "--images", images), (done, *out),
+                      (done, "--images", images, *out, "--data scenes"), (done, "--head linear"),
+                      (done, "--arch dct8"), (done, "--filters 3"), (done, "--clusters 99999999"),
+                      ("--path --arch dct8",), (done, "--clusters 1"), (tmp / "none",),
+                      (done, "--embed", tmp / "a", "--tile 64"), (done, "--images", images, "--out", images)):
+            expect(run("eval", *words), 2)
+        assert not list(tmp.iterdir())
 
 def test_eval_segments_a_folder():
     sizes = {"a.png": (101, 57), "a.jpg": (40, 200), "legend.jpg": (64, 48), "deep/one.png": (1, 1),
              "deep/strip.png": (3, 400)}
     with folder() as tmp:
-        photo, run, inside, out = data.scenes(1, "val", 1, 96)[0][0], tmp / "run", tmp / "in", tmp / "in/out"
-        tiny_run(run)
+        done, inside, out = copy_of("stego", tmp / "run"), tmp / "in", tmp / "in/out"
         for name, size in sizes.items():
-            put(inside / name, np.asarray(Image.fromarray(photo).resize(size)))
+            put(inside / name, np.asarray(data.load("scenes", size=96).read(0).resize(size)))
         put(inside / "deep/broken.jpg", (inside / "a.jpg").read_bytes()[:300])
         for _ in range(2):  # results are no input of the second time, and may be written over
-            code, text = run_eval(run, "--images", inside, "--out", out, "--legend")
-            assert code == 1 and "segmented 5 of 6" in text  # went on after the broken file
-        model, _, _ = eval_.load_run(run)
+            found = run("eval", done, "--images", inside, "--out", out, "--legend")
+            expect(found, 1, "segmented 5 of 6")  # went on after the broken file
+        model, _, _ = eval_.load_run(done)
         for name, size in sizes.items():
             name = name if name[0] in "al" else name[:-4]  # a.png, a.jpg, legend.jpg keep theirs
             result = Image.open(out / f"{name}.png")
@@ -1176,25 +1127,22 @@ def test_eval_segments_a_folder():
                 assert (eval_.segment_image(model, picture) == np.asarray(result)).all()
             assert Image.open(out / f"{name}_overlay.png").height > size[1]
         assert len((out / "legend.txt").read_text().splitlines()) == 6
-        assert Image.open(out / "overview.png").height > 6 * 120
-        one = run, "--images", inside / "a.png", "--out"
-        code, text = run_eval(*one, tmp / "out2", "--clusters 3 5 --tile 64")
-        assert code == 0 and Image.open(tmp / "out2/contact.png").width > 600
+        one = "--images", inside / "a.png", "--out"
+        expect(run("eval", done, *one, tmp / "out2", "--clusters 3 5 --tile 64"), 0)
         assert {x.name for x in (tmp / "out2").iterdir()} == {
             ".segmented", "contact.png", "overview-3.png", "overview-5.png"}
         put(tmp / "names.txt", "\n".join("uvwxyz"))
-        assert run_eval(*one, tmp / "out3", "--names", tmp / "names.txt")[0] == 0
+        expect(run("eval", done, *one, tmp / "out3", "--names", tmp / "names.txt"), 0)
         assert "0\tu\t" in (tmp / "out3/legend.txt").read_text()
-        refuses(ValueError, "folder of their own", run_eval, *one, inside)
-        put(tmp / "theirs/legend.txt", "mine")
-        refuses(ValueError, "written over", run_eval, *one, tmp / "theirs")
+    colours, taken = eval_.distinct(27, data.colours(27)).astype(int), data.colours(27)
+    gaps = abs(colours[:, None] - np.concatenate([colours, taken])).sum(2) + 1000 * np.eye(27, 54)
+    assert gaps.min() > 60  # 27 colours that differ, also from those taken
 
 def published(method, D=384, K=16, C=6):
     """A checkpoint in the authors' layout with random values -> {file name: content}."""
     def conv(**layers):  # "a_0" stands for a.0
         return {f"{name.replace('_', '.')}.{key}": torch.randn(*shape) for name, (rows, columns)
-                in layers.items() for key, shape in
-                (("weight", (rows, columns, 1, 1)), ("bias", (rows,)))}
+                in layers.items() for key, shape in (("weight", (rows, columns, 1, 1)), ("bias", (rows,)))}
 
     heads = conv(cluster1_0=(K, D), cluster2_0=(D, D), cluster2_2=(K, D))
     net = under("model.", common.load_backbone("vits16", "none").state_dict()) | heads
@@ -1210,75 +1158,51 @@ def published(method, D=384, K=16, C=6):
                            "linear_model_state_dict": probe,
                            "cluster_model_state_dict": {"clusters": torch.randn(C, K)}}}
     head = conv(f1=(K, D), f2_0=(D, D), f2_2=(K, D))
-    parts = {f"{ema}{key}": x for ema in ("head.", "head_ema.") for key, x in head.items()}
+    parts = under("head.", head) | under("head_ema.", head)
     for name in ("projection_head.f.", "projection_head_ema.f."):
-        parts |= {name + key[2:]: x for key, x in conv(p=(2048, K)).items()}
+        parts |= under(name, {key[2:]: x for key, x in conv(p=(2048, K)).items()})
     return {"segment_mlp.pth": parts | under("linear.f.", probe),
             "cluster_mlp.pth": {"codebook": torch.randn(64, D), "cluster_probe": torch.randn(C, K)}}
 
 def test_eval_official_checkpoints():
-    for method, other, name in (("stego", "hp", "net.cluster{}.{}"), ("hp", "stego", "cluster{}.{}"),
-                                ("cause", "stego", "head_ema.f{}.{}")):
+    """Their heads give the authors' formula; a file of another method is refused."""
+    for method, other, names in (("stego", "hp", "net.cluster1.0 net.cluster2.0 net.cluster2.2"),
+                                 ("hp", "stego", "cluster1.0 cluster2.0 cluster2.2"),
+                                 ("cause", "stego", "head_ema.f1 head_ema.f2.0 head_ema.f2.2")):
         torch.manual_seed(0)
         with folder() as tmp:
             files = published(method)
             for file, content in files.items():
                 torch.save(content, tmp / file)
-            paths = [tmp / file for file in files]
+            official = "--official", method, *(tmp / file for file in files)
             arch = "--data scenes --arch vits16" + " --weights none" * (method == "cause")
-            run_eval(arch, "--out", tmp / "run", "--official", method, *paths)
+            expect(run("eval", arch, "--out", tmp / "run", *official), 0)
             model, args, _ = eval_.load_run(tmp / "run")
-            values = {key: x for content in files.values() for key, x in content.items()}
-            values = values.get("state_dict", values)
-            values |= values.get("net_model_state_dict", {})
+            values = collections.ChainMap(*files.values(), *(
+                x for content in files.values() for x in content.values() if isinstance(x, dict)))
             feats = model.backbone(torch.randn(1, 3, 64, 64))
             f1, f2, f3 = (partial(F.conv2d, weight=values[at + ".weight"], bias=values[at + ".bias"])
-                          for at in (name.format(1, 0).removesuffix(".0" * (method == "cause")),
-                                     name.format(2, 0), name.format(2, 2)))
+                          for at in names.split())
             code = model.code(feats) if method == "cause" else model.head(feats)
             close(code, f1(feats) + f3(f2(feats).relu()), 1e-3)
             assert args.classes == 6 and len(model.cluster.clusters) == 6 + (method == "stego")
-            refuses(ValueError, "no probes", run_eval, arch, "--out", tmp / "other", "--official",
-                    other, paths[0])
-            torch.save({"state_dict": {"a": Attack(tmp / "hit")}}, paths[0])
-            refuses(ValueError, "", run_eval, arch, "--out", tmp / "bad", "--official", method, *paths)
-            assert not (tmp / "hit").exists()
+            other = "--official", other, tmp / [*files][0]
+            expect(run("eval", arch, "--out", tmp / "new", *other), 2, "no probes")
 
-def test_eval_colours_and_legend():
-    """27 colours that differ, also from those taken; names in the legend stand side by side."""
-    taken = data.colours(27)
-    colours = eval_.distinct(27, taken).astype(int)
-    both = np.concatenate([colours, taken])
-    gaps = abs(colours[:, None] - both).sum(2) + 1000 * np.eye(27, 54)
-    assert gaps.min() > 60 and len(eval_.distinct(300)) == 300
-    names = [f"{'a long class name' if k % 2 else 'short'} {k}" for k in range(27)]
-    blank = Image.new("RGB", (700, 1), "white")
-    picture, one = (np.asarray(eval_.legend(blank, names[:n], colours)) for n in (27, 1))
-    assert picture.shape[1] == 700 and picture.shape[0] > 5 * 24 and one.shape[0] < 50
-    assert (picture[:, -4:] == 255).all() and (picture[-4:] == 255).all()  # nothing runs over
+def count_in_process(out):
+    model, device = eval_.load_run(Path(out) / "run")[0], common.start_processes("cpu")
+    val = data.load("scenes", split="val", size=48)
+    counts = eval_.evaluate(model, val, device, batch_size=8)
+    torch.save([counts[head] for head in ("cluster", "linear")], f"{out}/{common.world()}-{common.rank()}")
 
 def test_eval_processes_count_alike():
     """Two processes score their shares: the same integers as one."""
-    script = ("import sys, torch, common, data, eval; device = common.start_processes('cpu'); "
-              "model = eval.load_run(sys.argv[1])[0]; val = data.load('scenes', None, 'val', size=96);"
-              "r = eval.evaluate(model, val, device, batch_size=8); "
-              "torch.save({k: r[k] for k in ('cluster', 'linear')}, sys.argv[2] + str(common.rank()));"
-              "torch.distributed.destroy_process_group()")
-    with folder() as tmp, contextlib.closing(socket.socket()) as s:
-        tiny_run(tmp / "run")
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-        s.close()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port, "PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}
-        command = [sys.executable, "-c", script, f"{tmp}/run", f"{tmp}/counts"]
-        processes = [subprocess.Popen(command, env={**environment, "RANK": rank}) for rank in "01"]
-        assert [process.wait(120) for process in processes] == [0, 0]
-        val = data.load("scenes", None, "val", size=96)
-        alone = eval_.evaluate(eval_.load_run(f"{tmp}/run")[0], val, "cpu", batch_size=8)
-        for rank in "01":
-            counts = torch.load(f"{tmp}/counts{rank}", weights_only=True)
-            assert all(torch.equal(counts[head], alone[head]) for head in counts)
+    with folder() as tmp:
+        copy_of("stego", tmp / "run")
+        for n in (1, 2):
+            in_processes(n, f"count_in_process({str(tmp)!r})")
+        one, *others = (torch.stack(torch.load(tmp / name)) for name in ("1-0", "2-0", "2-1"))
+        assert one.sum() == 2 * 60 * 48 ** 2 and all(torch.equal(one, other) for other in others)
 
 
 # ---------------------------------------------------------------- stego
@@ -2135,9 +2059,6 @@ def test_stress_two_and_four_processes_equal_one():
 
 
 # ---------------------------------------------------------------- attacks: what once broke
-
-def copy_of(method, target):
-    return Path(shutil.copytree(finished(method), target))
 
 def test_attacks_nothing_is_lost():
     """Links in a run folder, options that say where to write, two runs at once, a photo named as ours."""
