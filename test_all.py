@@ -1956,7 +1956,7 @@ def test_attacks_give_no_traceback(tmp):
     torch.save(good, out / "last.pt")
     saved = scores_of(finished("stego"))
     changes = ({"matching": [7] * 6}, {"matching": [1e12]}, {"names": [3]}, {"palette": [[1, 2, 300]]},
-               {"cluster": 7}, {"classes": None})
+               {"cluster": {"iou": [2], "miou": 0, "accuracy": 0}}, {"classes": None})
     for text in ("", "[" * 100_000, "7", '{"a": 1}', *(json.dumps({**saved, **x}) for x in changes)):
         put(out / "scores.json", text)
         refuses(ValueError, "damaged", eval_.load_run, out)
@@ -1964,13 +1964,13 @@ def test_attacks_give_no_traceback(tmp):
     shutil.rmtree(out)
     copy_of("stego", out)
     Image.new("RGB", (60, 40)).save(tmp / "photo.png")
-    for words in (f"eval.py {out}", f"crf.py {tmp}/photo.png --out {tmp}/out.png", "data.py"):
-        for streams in (">&-", "2>&-", "> /dev/full", "| head -1", "| true"):
-            (out / "scores.json").unlink(missing_ok=True)
-            done = subprocess.run(f"{sys.executable} {HERE}/{words} {streams}", shell=True,
-                                  capture_output=True, text=True)
-            assert "Traceback" not in done.stderr + done.stdout, (words, streams)
-            assert "eval" not in words or scores_of(out), streams
+    commands = [f"eval.py {out} {streams}" for streams in (">&-", "2>&-", "> /dev/full", "| head -1")]
+    for command in (*commands, f"crf.py {tmp}/photo.png | true", "data.py > /dev/full"):
+        (out / "scores.json").unlink(missing_ok=True)
+        command = f"{sys.executable} {HERE}/{command}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr + done.stdout, command
+        assert "eval" not in command or scores_of(out), command
 
 def test_attacks_on_safety(tmp):
     """Nothing in a file is run, unfolds without end, or leads outside."""
@@ -1987,7 +1987,7 @@ def test_attacks_on_safety(tmp):
         torch.save(content, tmp / "last.pt", _use_new_zipfile_serialization=zipped == "y")
         expect(run("eval", tmp), 2, "last.pt")
         for method in ("stego", "hp"):
-            expect(run("eval --official", method, tmp / "last.pt", "--out", tmp / "run"), 2)
+            expect(run("eval", "--official", method, tmp / "last.pt", "--out", tmp / "run"), 2)
         refuses(ValueError, "last.pt", common.load_weights, vit, tmp / "last.pt", "vits16")
     assert not (tmp / "hit").exists()
     put(tmp / "a.jpg", UNREADABLE["script.jpg"])
@@ -2110,32 +2110,36 @@ def stops_and_resumes(device, *signals):
 def test_stress_signals():
     stops_and_resumes("cpu", (signal.SIGINT, 130), (signal.SIGTERM, 143))
 
-def test_stress_killed_at_twenty_random_moments():
-    """SIGKILL soon after a random step, four times for each method with a checkpoint after every step,
+def killed_soon(steps, delay, method, out, photos):
+    """Begin or resume a run in this process, which is killed `delay` seconds after so many steps."""
+    log, left = common.Run.log, iter(range(steps))
+
+    def counts(self, **terms):
+        log(self, **terms)
+        if next(left, None) is None:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    common.Run.log = counts
+    if Path(out, "last.pt").exists():
+        run(method, "--resume", out)
+    else:
+        smoke(method, out, "--steps 100 --save-every 1 --data", photos)
+
+def test_stress_killed_at_twenty_random_moments(tmp):
+    """SIGKILL four times for each method, soon after a random step, with a checkpoint after every step;
     resumed each time: weights and scores of an uninterrupted run."""
-    def step_of(out):
-        return common.load_checkpoint(out)["step"] if (out / "last.pt").exists() else -1
     rng, hit = np.random.RandomState(0), set()
     for method in METHODS:
-        options = "--smoke --steps 100 --save-every 1 --out"
-        with folder() as tmp:
-            whole, killed = start(method, options, tmp / "whole"), tmp / "killed"
-            text = whole.communicate(timeout=600)[0]
-            assert whole.returncode == 0, text
-            process = start(method, options, killed)
-            for target in np.sort(rng.choice(90, 4, replace=False)):
-                while step_of(killed) < target and process.poll() is None:
-                    time.sleep(0.005)
-                time.sleep(rng.uniform(0, 0.05))
-                assert process.poll() is None, process.communicate()
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                hit.add((method, step_of(killed)))
-                process = start(method, "--resume", killed)
-            text = process.communicate(timeout=600)[0]
-            assert process.returncode == 0, text
-            same_run(tmp / "whole", killed)
-    assert len(hit) > 15, hit  # at as many different steps
+        whole, killed = tmp / method / "whole", tmp / method / "killed"
+        expect(smoke(method, whole, "--steps 100 --save-every 1"), 0)
+        for _ in range(4):
+            given = int(rng.randint(1, 25)), rng.uniform(0, 0.02), method, str(killed), str(photos())
+            code = f"import test_all; test_all.killed_soon(*{given})"
+            assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
+            content = common.load_checkpoint(killed)
+            hit.add((method, content["phase"], content["step"]))
+        expect(run(method, "--resume", killed), 0)
+        same_run(whole, killed)
+    assert len(hit) > 15, hit  # as many different steps
 
 def test_stress_fifty_kills_while_saving(tmp):
     code = ("import common, itertools, sys, torch; from pathlib import Path\n"
