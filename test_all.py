@@ -1970,7 +1970,7 @@ def test_attacks_give_no_traceback(tmp):
         command = f"{sys.executable} {HERE}/{command}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr + done.stdout, command
-        assert "eval" not in command or scores_of(out), command
+        assert "eval.py" not in command or scores_of(out), command
 
 def test_attacks_on_safety(tmp):
     """Nothing in a file is run, unfolds without end, or leads outside."""
