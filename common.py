@@ -125,7 +125,9 @@ def parse(arguments, presets, argv=None):
     p = arguments()
     args = p.parse_args(argv)
     if args.resume:
-        saved = check_args(p, load_checkpoint(args.resume)["args"], args.resume)
+        content = load_checkpoint(args.resume)
+        whose = f"{args.resume}, a run of {content['method']}.py"
+        saved = check_args(p, content["args"], whose)
         saved = {k: x for k, x in saved.items() if k not in ONLY_TYPED}
         p.set_defaults(**saved)
         args = p.parse_args(argv)
