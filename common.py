@@ -1128,19 +1128,21 @@ def download(url, path, sha256=""):
             headers, have = answer.headers, part.stat().st_size if answer.status == 206 else 0
             if have and not f"{headers['Content-Range']}".startswith(f"bytes {have}-"):
                 raise OSError("the server sends another part than asked for")
-            total = have + int(headers["Content-Length"] or 0)
+            length = headers["Content-Length"]  # None: sent in chunks, which say when they end
+            total = have + int(length) if length else None
             if headers["ETag"]:
                 tag.write_text(headers["ETag"])
             with open(part, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, initial=have, total=total, unit="B", unit_scale=True) as bar:
                 while block := answer.read(2 ** 20):
                     bar.update(file.write(block))
-        if not have < part.stat().st_size == total:
+        if total not in (None, part.stat().st_size):
             raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # nothing left to send of that: from the start
             tag.unlink()
-        raise OSError(f"cannot get {url} ({error}); try again or put the file at {path}") from None
+        raise OSError(f"cannot get {url} ({error}); try again, which resumes, "
+                      f"or put the file at {path}") from None
     tag.unlink(missing_ok=True)
     if not file_digest(part).startswith(sha256):
         part.unlink()

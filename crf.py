@@ -195,7 +195,8 @@ def before_and_after(photo):
     maps = [colours[x.argmax(0)] for x in (logits, dense_crf(photo, logits))]  # (H,W,3)
     whole = Image.fromarray(torch.cat([photo.permute(1, 2, 0), *maps], 1).byte().numpy())
     for k, title in enumerate(("photo", "before", "after")):
-        ImageDraw.Draw(whole).text((4 + k * W, H - 15), title, "white", stroke_width=1, stroke_fill=0)
+        place = 4 + k * W, H - 15
+        ImageDraw.Draw(whole).text(place, title, "white", stroke_width=1, stroke_fill=0)
     return whole
 
 

@@ -2118,7 +2118,7 @@ def killed_soon(steps, delay, method, out, photos):
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     common.Run.log = counts
     if Path(out, "last.pt").exists():
-        run(method, "--resume", out)
+        run(method, "--save-every 1 --resume", out)
     else:
         smoke(method, out, "--steps 100 --save-every 1 --data", photos)
 
