@@ -1082,7 +1082,7 @@ def import_official(options):
     tensors = read_official(method, files)
     words = ["--data", options.data, "--arch", options.arch, "--out", options.out]
     args, cause = common.parse(module.arguments, module.PRESETS, words), method == "cause"
-    args.steps = args.steps or 1  # of epochs: it is not trained here
+    getattr(module, "schedule", lambda *_: None)(args, 1)  # steps for epochs: any will do
     args.root, args.weights = options.root, options.weights
     try:
         args.classes, args.code_dim = tensors["linear.weight"].shape[:2]

@@ -1119,7 +1119,7 @@ def test_eval_official_checkpoints(tmp):
         files = [tmp / f"{method}{i}.pth" for i in range(len(contents))]
         for file, content in zip(files, contents):
             torch.save(content, file)
-        arch = "--data scenes --arch vits16" + " --weights none" * (method == "cause")
+        arch = "--data coco27 --arch vits16" + " --weights none" * (method == "cause")
         expect(run("eval", arch, "--out", tmp / method, "--official", method, *files), 0)
         model, args, _ = eval_.load_run(tmp / method)
         feats = model.backbone(torch.randn(1, 3, 64, 64))
