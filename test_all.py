@@ -1140,7 +1140,8 @@ def test_eval_processes_count_alike(tmp):
     copy_of("stego", tmp / "run")
     for n in (1, 2):
         in_processes(n, f"count_in_process({str(tmp)!r})")
-    one, *others = (torch.stack(torch.load(tmp / name)) for name in ("1-0", "2-0", "2-1"))
+    one, *others = (torch.stack(torch.load(tmp / name, weights_only=True))
+                    for name in ("1-0", "2-0", "2-1"))
     assert one.sum() == 2 * 60 * 48 ** 2 and all(torch.equal(one, other) for other in others)
 
 
