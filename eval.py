@@ -958,7 +958,8 @@ def segment(folder, options, device):
         for key, (ids, names, palette) in named.items():
             found = np.asarray(ids)[maps[key]]
             row[key] = overlay(row["photo"], found, palette)
-            entries[key] += [small(row["photo"], found, len(names))] * (number in kept)
+            if number in kept:
+                entries[key].append(small(row["photo"], found, len(names)))
         if number in shown:
             rows.append(titled({title: thumbnail(x, 160, smooth=True) for title, x in row.items()}))
         if several:
@@ -1082,7 +1083,7 @@ def import_official(options):
     tensors = read_official(method, files)
     words = ["--data", options.data, "--arch", options.arch, "--out", options.out]
     args, cause = common.parse(module.arguments, module.PRESETS, words), method == "cause"
-    getattr(module, "schedule", lambda *_: None)(args, 1)  # steps for epochs: any will do
+    module.schedule(args, 1)  # steps for epochs: any will do
     args.root, args.weights = options.root, options.weights
     try:
         args.classes, args.code_dim = tensors["linear.weight"].shape[:2]
