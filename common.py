@@ -561,8 +561,9 @@ class Features:
         if run.args.bench:
             return
         unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
-        if run.args.cache_features or unknown and not run.loaded:
-            moments = self._pass(dataset, bool(unknown))  # raw: a place not known yet is zero
+        measure = bool(unknown) and not run.loaded
+        if run.args.cache_features or measure:
+            moments = self._pass(dataset, measure)  # raw: a place not known yet is zero
         for module in unknown:
             if run.loaded:
                 load_trained(module.place, run.loaded["model"].get("backbone.place"))
@@ -591,7 +592,7 @@ class Features:
                     self.table = torch.empty(size, *feats.shape[1:], dtype=torch.float16)
                     say(f"--cache-features: {self.table.nbytes / 1e6:,.0f} MB for {size:,} images")
                 self.table[index] = feats.half()
-                dataset.unreadable = (*dataset.unreadable, *index[~good].tolist())
+                dataset.unreadable = {*dataset.unreadable, *index[~good].tolist()}
             if measure:
                 feats = feats[good].double()
                 n, total = n + len(feats), total + feats.sum(0)
