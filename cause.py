@@ -497,8 +497,8 @@ SMALL = dict(steps=300, codebook_steps=150, probe_steps=150, lr=1e-3, probe="kme
              bank_slots=50, window=2, projection_dim=512)  # a few hundred images, on a CPU too
 PRESETS = {
     "folder": SMALL,
-    "scenes": dict(size=96, codebook_size=96, eval_size=96, steps=200, probe_steps=50, lr=1e-3,
-                   probe="kmeans", codes=64, bank_slots=50, window=2, projection_dim=512),
+    "scenes": dict(SMALL, size=96, codebook_size=96, eval_size=96, steps=200, codebook_steps=400,
+                   probe_steps=50, codes=64),
     "scenes head=tr": dict(codebook_steps=800, lr=1e-4),  # at 1e-3 its clusters vary by ten points
     "camvid": dict(SMALL, eval_size=224),
     "coco27": dict(PAPER, crops=5, clip=2.0), "coco27 head=tr": TR,
