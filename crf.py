@@ -202,7 +202,8 @@ def before_and_after(photo):
 
 def bench(photo, batch, device):
     """Print seconds, best of 3, for a photo (1,3,H,W) in three sizes, with 5 and 27 classes."""
-    assert batch > 0, "--batch takes at least 1"
+    if batch < 1:
+        raise ValueError("--batch takes at least 1")
     torch.manual_seed(0)
     for size, C in (160, 5), (160, 27), (320, 5), (320, 27), (512, 5), (512, 27):
         image = F.interpolate(photo, (size, size), mode="bicubic").clamp(0, 255).byte()
