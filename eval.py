@@ -388,7 +388,7 @@ class Clustered(nn.Module):
 
 
 @torch.no_grad()
-def sample_points(encoder, dataset, device, patch=1, points=160, images=128, seed=0, workers=0):
+def sample_points(encoder, dataset, device, patch, points, images, seed=0, workers=0):
     """Features of random cells of the feature map of `images` evenly spaced images of a data set.
     -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none. Interpolated
     pixels, mixtures at borders, would cost the baseline six points of mIoU on the scenes."""
@@ -409,7 +409,7 @@ def sample_points(encoder, dataset, device, patch=1, points=160, images=128, see
     return tuple(map(torch.stack, zip(*found)))
 
 
-def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=128, workers=0):
+def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=1000, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
     -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
     features (n,D) of at most 2^17 cells of `images` images, labels (n,) with -1 = none"""
@@ -855,7 +855,7 @@ def score_run(folder, options, device):
     numbers = options.clusters or [val.classes or 27] * (other or not folder)
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
-        images = 4000 if folder else len(train)
+        images = 1000 if folder else len(train)
         probes, votes, codes, labels = clusterings(
             model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
     if options.filters or other and fit:
@@ -933,7 +933,7 @@ def segment(folder, options, device):
     probes, named = {"clusters": probe}, {"clusters": (ids, names, palette)}
     if options.clusters:
         train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
-        probes = clusterings(model, train, device, numbers, patch_of(model), args.seed, 4000)[0]
+        probes = clusterings(model, train, device, numbers, patch_of(model), args.seed)[0]
         named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
         *_, (ids, names, palette) = named.values()
     several = len(named) > 1
