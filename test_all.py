@@ -1674,8 +1674,10 @@ def test_san_golden():
 def test_san_folded_equals_plain():
     a, b, images = san_model(), san_model(), torch.randn(3, 3, 16, 24, dtype=torch.double)
     for target, at_once in (("decoded", 1), ("image", 2)):
-        with mock.patch.object(san, "chunk", lambda images: at_once):
+        with mock.patch.object(san, "chunk", lambda images: at_once), torch.profiler.profile() as seen:
             loss, code, grads = san_step(a, images, target=target)
+        counts = {event.key: event.count for event in seen.key_averages()}
+        assert counts["aten::_local_scalar_dense"] == 1  # a GPU is waited for once: for the loss
         plain, plain_code, plain_grads = san_step(b, images, san.Model.reconstruct, target)
         assert abs(loss - plain) < 1e-10 and grads.keys() == plain_grads.keys()
         close(code, plain_code, 1e-10)
@@ -1855,8 +1857,8 @@ def work_of_one(methods, out):
           mock.patch.object(torch.distributed, "destroy_process_group")):  # it cannot be joined again
         for method in methods:
             expect(run(method, "--smoke --batch-size 8 --steps 4 --out", out / method), 0)
-    model, device = eval_.load_run(out.parent / "run")[0], common.start_processes("cpu")
-    counts = eval_.evaluate(model, data.load("scenes", split="val", size=48), device, batch_size=8)
+    device, val = common.start_processes(), data.load("scenes", split="val", size=48)
+    counts = eval_.evaluate(eval_.load_run(out.parent / "run", device)[0], val, device, batch_size=8)
     torch.save([counts[head] for head in ("cluster", "linear")], out / f"{common.rank()}.pt")
 
 def equal_to_one_process(methods, counts):
@@ -2286,7 +2288,7 @@ def test_cuda_stops_and_resumes():
 
 @unittest.skipUnless(torch.cuda.device_count() > 1, "needs two GPUs")
 def test_cuda_two_processes():
-    equal_to_one_process(METHODS, (2,))
+    equal_to_one_process([*METHODS], [2])
 
 
 # ---------------------------------------------------------------- the README and the files as they stand
