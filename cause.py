@@ -1,8 +1,8 @@
 """CAUSE: unsupervised segmentation by a concept clusterbook (Kim, Lee, Ro, arXiv 2310.07379).
 
 1. codebook: code vectors learned on frozen patch features by maximising modularity.
-2. head: patches of like codes attract, of unlike codes repel; student, momentum teacher, bank.
-3. probe: C clusters found in the teacher's codes by the same modularity; a linear probe beside.
+2. head: patches whose code vectors are alike attract, others repel; student, teacher, bank.
+3. probe: C clusters found in the teacher's output Y by the same modularity; a linear probe beside.
 No label reaches codebook, head or clusters.
 
     python cause.py                                      # drawn scenes, about a minute
@@ -33,17 +33,19 @@ c  MLP: teacher keys have a dropout draw of their own; here they come from the c
 c  the linear probe starts at random; here at zero, so that labels change no random draw
 c  step 2 stops for VOC, COCO-81 and COCO-171; here clip 1, weight decay 1e-4
 c  fp16, crops cut to JPEG files; here bf16 on CUDA, where nothing overflows, crops on the fly
-p  eq. 3 sums over codes inside tanh; here as in the code the largest product (--form sum: paper)
+p  Algorithm 1 sums over codes inside tanh; here as in the code the largest product (--form sum)
 p  eq. 3 has loops, A_ii = 1; here as in the code none
+p  eq. 3 takes all hw tokens, and eq. 4's anchors stand in no text; here as in the code one random
+   token of every 4 x 4 window (--window), in all three steps
 p  eq. 4: log of a mean over y+, each against y-; here as in the code a mean of logs, against both
 p  eq. 4: keys of batch and bank in one sum; here as in the code two terms, each with its sum
-p  eq. 4 compares Y; here as in the code a linear projection of it, 2,048 wide
+p  the projection before eq. 4 is an MLP; here as in the code one linear layer, 2,048 wide
 p  R^2 cuts at random; here as in the code the newest stay, a random half of new tokens enters
 p  TR: here as in the code the features are added to the transformer's output
 p  lr 1e-3; here as in the code 4e-3, for the steps of one of its four processes, which never meet
 p  no word on clusters; --probe kmeans moves them to K-means of all images' codes
-Tried for small sets: thresholds from shares of the code pairs (1.5/C of them attract, 65 % repel):
-scenes 43.9 -> 44.0 mIoU (3 seeds), CamVid 25.9 -> 24.9 (2), MSRC-21 17.7 -> 22.9 (3): left out.
+Tried for small sets and left out: thresholds from shares of the code pairs (1.5/C of them attract,
+65 % repel): scenes 43.9 -> 44.0 mIoU (3 seeds), CamVid 25.9 -> 24.9 (2), MSRC-21 17.7 -> 22.9 (3).
 
 The tables: the paper's mIoU / accuracy for MLP, TR, with labels in step 3; none was run here
 

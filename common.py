@@ -1,5 +1,5 @@
 """What every run needs: command line, processes, the loop under every training loop, checkpoints,
-and the frozen backbones with their weights. Read `Run.loop` first; nothing of a method hides here.
+and the frozen backbones with their weights. Read `Run.loop` first.
 """
 import argparse
 import contextlib
@@ -120,8 +120,8 @@ ONLY_TYPED = "resume out bench json show device workers save_every".split()
 
 def parse(arguments, presets, argv=None):
     """Options as typed, else of the presets that apply, else the defaults. A key of `presets` is a
-    data set, or `folder`, and conditions: pattern of --arch, option=value. With --resume the
-    options of that run; none that changes its result may be typed anew."""
+    data set, `folder` or `smoke`, and conditions: pattern of --arch, option=value. With --resume
+    the options of that run; none that changes its result may be typed anew."""
     p = arguments()
     args = p.parse_args(argv)
     if args.resume:
@@ -149,7 +149,7 @@ def parse(arguments, presets, argv=None):
         args.remove_position = False
     vit = NAME.fullmatch(args.arch)  # a network that is trained takes any size
     patch = 1 if args.arch not in ARCHS else int(vit[3]) if vit else 8
-    for name in ("size", "eval_size", "codebook_size"):
+    for name in ("size", "eval_size", "codebook_size"):  # the last is CAUSE's
         if (pixels := vars(args).get(name) or 0) % patch:
             vars(args)[name] = pixels + -pixels % patch
             say(f"{flag(name)} {pixels} becomes {vars(args)[name]}: patches have {patch} pixels")
@@ -202,7 +202,7 @@ def main(arguments, presets, schedule, train, count):
 
 
 # parts of errors that are no mistakes of the code -> what to do
-EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; take fewer",
+EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; fewer --workers",
             "equal size": "images of several shapes; --protocol stego or squash makes them equal",
             "out of memory|allocate|MemoryError": "the memory is full; take smaller sizes"}
 
@@ -699,7 +699,7 @@ def load_trained(x, saved):
 
 
 def digest(module):
-    """A hash, 16 hex digits, of a frozen backbone's weights."""
+    """A hash, 16 hex digits, of a module's weights, but for a backbone's place."""
     found = hashlib.sha256()
     for name, x in module.state_dict().items():
         if not name.endswith("place"):

@@ -224,7 +224,7 @@ def encode(model, images, flip=False, tile=None):
         code = model(images[..., top:top + rows, left:left + columns]).float()
         h, w = code.shape[-2:]
         cell = rows // h  # pixels per cell of the code
-        hat = torch.outer(*(torch.bartlett_window(n + 2)[1:-1] for n in (h, w))).to(code)
+        hat = torch.outer(*(torch.bartlett_window(n + 2, False)[1:-1] for n in (h, w))).to(code)
         code = torch.cat([code, torch.ones_like(code[:, :1])], 1) * hat  # little at a cut
         if total is None:
             total = code.new_zeros(*code.shape[:2], height // cell, width // cell)
@@ -342,8 +342,8 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     """Count predictions against labels over a whole data set; only counts are kept.
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "linear": None where
     there is none; "labelled": number of images with a label; "failed": [(path, reason)]}, summed
-    over processes. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster, .linear (module or
-    None), .alpha. probes: see `predict`."""
+    over processes. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or
+    None). probes: see `predict`."""
     model.eval()
     classes, labelled, failed = dataset.classes, 0, []
     probes = probes or probes_of(model)
@@ -380,7 +380,7 @@ class Clustered(nn.Module):
     """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes, as `evaluate` takes it."""
     def __init__(self, encoder, patch, cluster, linear=None):
         super().__init__()
-        self.encoder, self.patch, self.alpha = encoder, patch, 2
+        self.encoder, self.patch = encoder, patch
         self.cluster, self.linear = cluster, linear
 
     def forward(self, images):
@@ -412,7 +412,7 @@ def sample_points(encoder, dataset, device, patch, points, images, seed=0, worke
 def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=1000, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
     -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
-    features (n,D) of at most 2^17 cells of `images` images, labels (n,) with -1 = none"""
+    features (n,D) of at most 160 cells an image, 2^17 in all, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(160, 2 ** 17 // images))
     found = sample_points(encoder, dataset, device, patch, points, images, seed, workers)
@@ -467,7 +467,8 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
 
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> (clusters,classes) on val."""
-    probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed)[0]
+    probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed,
+                         workers=run.args.workers)[0]
     model = Clustered(encoder, patch, *probes.values())
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
 
@@ -523,7 +524,7 @@ def photo_of(item):
 
 
 def thumbnail(picture, height, smooth=False):
-    """uint8 (H,W,3), or bool (H,W) -> Pillow picture of this height."""
+    """uint8 (H,W,3), or int32 ids (H,W) -> Pillow picture of this height."""
     image = Image.fromarray(picture)
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return image.resize((max(1, round(image.width * height / image.height)), height), how)
@@ -637,7 +638,8 @@ def rows_of(result, val, votes=None, suffix=""):
         linear = name.startswith("linear")
         rows[name + suffix] = scores(counts if linear else matched(counts, hungarian(counts)))
         if not linear and len(counts) != val.classes:  # many-to-one: ViCE's cluster model
-            classes = (votes or {}).get(name, majority(counts))
+            classes = (votes or {}).get(name)
+            classes = majority(counts) if classes is None else classes
             rows[f"{name}, majority{suffix}"] = scores(matched(counts, classes))
     return rows
 
@@ -724,7 +726,7 @@ def finish(run, model, images, val, encode=None, more=None):
         # a probe that learns online drops small classes: a centre that never wins never moves
         numbers = [len(model.cluster.clusters)]
         [probe] = clusterings(model.eval(), images, run.device, numbers, patch_of(model),
-                              run.args.seed)[0].values()
+                              run.args.seed, workers=run.args.workers)[0].values()
         model.cluster.load_state_dict(probe.state_dict())
     run.keep(model=model)
     run.save(done=True)
@@ -783,10 +785,10 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
 
 
 # ---------------------------------------------------------------- runs
-def load_run(folder, device="cpu", root=None, weights=None):
+def load_run(folder, device="cpu", weights=None):
     """A trained run -> model (in eval mode, on the device), its options, its checkpoint.
     The model is `Model` of METHOD.py beside this file, ours or your own, made from the checkpoint's
-    options alone. root, weights: where data and backbone lie, if elsewhere than at training. It has
+    options alone. weights: where those of the backbone lie, if elsewhere than at training. It has
     .eval_size and .named, what `naming` gave when it was scored. FileNotFoundError, ValueError."""
     checkpoint = common.load_checkpoint(folder)
     path, method = Path(folder) / "last.pt", checkpoint["method"]
@@ -796,7 +798,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
     saved = common.check_args(module.arguments(), checkpoint["args"], folder)
     args = argparse.Namespace(**saved)
-    args.root, args.weights, args.out = root or args.root, weights or args.weights, str(folder)
+    args.weights, args.out = weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
         with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
@@ -817,8 +819,7 @@ def load_run(folder, device="cpu", root=None, weights=None):
 def open_run(folder, options, device):
     """A run, or without a folder the raw backbone of --arch, as `load_run` gives it."""
     if folder:
-        root = None if options.data else options.root
-        return load_run(folder, device, root, options.weights)
+        return load_run(folder, device, options.weights)
     backbone = common.load_backbone(options.arch, options.weights, options.depth).to(device)
     name = options.data or "scenes"
     args = argparse.Namespace(data=name, root=None, protocol=None, seed=options.seed,
@@ -829,10 +830,11 @@ def open_run(folder, options, device):
 def load_data(options, args, split, model):
     """The data set that a run is scored on: its own, unless --data names another."""
     size, patch = options.size or getattr(args, "eval_size", args.size), patch_of(model)
+    same = options.data in (None, *common.DATA)  # several sets may lie in one root
     protocol = options.protocol or (None if options.data else args.protocol)
     protocol = "native" if protocol == "square" else protocol  # ViCE trains on squares alone
-    return data.load(options.data or args.data, options.root or args.root, split,
-                     size=-(-size // patch) * patch, protocol=protocol)
+    return data.load(options.data or args.data, options.root or (args.root if same else None),
+                     split, size=-(-size // patch) * patch, protocol=protocol)
 
 
 def score_run(folder, options, device):
@@ -855,7 +857,7 @@ def score_run(folder, options, device):
     numbers = options.clusters or [val.classes or 27] * (other or not folder)
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
-        images = 1000 if folder else len(train)
+        images = 1000 if folder else len(train)  # a raw linear probe starts from them
         probes, votes, codes, labels = clusterings(
             model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
     if options.filters or other and fit:
@@ -865,7 +867,9 @@ def score_run(folder, options, device):
         probes["linear" + ", fitted here" * other] = fit_linear(
             model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
     if not folder:
-        model.cluster = probes["cluster"] = probes.pop(next(iter(probes)))
+        first = next(iter(probes))
+        model.cluster = probes["cluster"] = probes.pop(first)
+        votes["cluster"] = votes.pop(first, None)
     elif other:  # the classes of the run's linear probe are not those of another set
         probes = {"cluster": model.cluster, **probes}
     else:
@@ -923,7 +927,7 @@ def segment(folder, options, device):
     if not options.out:
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
-    model, args, _ = load_run(folder, device, options.root, options.weights)
+    model, args, _ = load_run(folder, device, options.weights)
     probe, (ids, names, palette) = model.cluster, model.named
     if options.head == "linear":
         probe, names = model.linear, saved_scores(Path(folder) / "scores.json").get("classes")
@@ -932,6 +936,8 @@ def segment(folder, options, device):
         ids, palette = range(len(names)), palette[:len(names)]
     probes, named = {"clusters": probe}, {"clusters": (ids, names, palette)}
     if options.clusters:
+        if options.head == "linear" or options.names and len({*options.clusters}) > 1:
+            raise ValueError("--clusters goes without --head linear, and several without --names")
         train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
         probes = clusterings(model, train, device, numbers, patch_of(model), args.seed)[0]
         named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
@@ -939,7 +945,7 @@ def segment(folder, options, device):
     several = len(named) > 1
     if options.names:
         given = data.read_lines(Path(options.names))
-        if several or len(given) != len(names):
+        if len(given) != len(names):
             raise ValueError(f"{options.names} holds {len(given)} names for {len(names)} ids")
         names, named = given, {key: (ids, given, palette) for key in named}
     if len(names) > 256:
@@ -1019,7 +1025,7 @@ def principal_colours(x):
 @torch.no_grad()
 def path_picture(folder, options, device):
     """One image at every station from file to score, features and code in `principal_colours`."""
-    model, args, _ = load_run(folder, device, options.root, options.weights)
+    model, args, _ = load_run(folder, device, options.weights)
     if not hasattr(model, "backbone"):
         raise ValueError("--path shows the way through a frozen backbone; this run has none")
     dataset, (ids, names, palette) = load_data(options, args, options.split, model), model.named

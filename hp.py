@@ -15,27 +15,31 @@ The first gives 45.7 +- 6.0 mIoU, around 43 or 51, K-means on the raw features 4
 against 19.3.
 
 Paper                      here (M = B*N patches of a batch)
-f_i, s_i, z_i              feats (B,D,h,w), code (B,K,h,w), z (M,K)
-S, S', Z; Q^ag, Q^sp; M    head, momentum, projection; pool_ag, pool_sp; --pool
+f_i, s_i, s'_i, z_i        feats (B,D,h,w), code (B,K,h,w), momentum(feats), z (M,K)
+S, S', Z; Q^ag, Q^sp       head, momentum, projection; pool_ag, pool_sp, of --pool vectors
 c_i, P^ag, P^sp (eq. 2-4)  `hidden_positives` (GHP): positives_ag, positives_sp (M,M)
 N_i; L^cont, Phi, Psi      negatives (N,M); `contrastive_loss`
 I^local, T (LHP), s^mix    `window` (B,9,h,w); `mix`, or `mix_local` from attention
 R, alpha; lambda           `consistency_loss`, --consistency; `task_specific_share`
 
 Departures from the paper (p) and from the published code (c)
-p  eq. 11 adds four means; here as in the code one over both kinds of positives, of weights 1 and
-   lambda; anchors count by their positives (--no-reweight), all is scaled by tau / 0.07
+p  eq. 11 adds four means; here as in the code half of Phi's and Psi's, each one mean over both
+   kinds of positives, of weights 1 and lambda; anchors count by their positives (--no-reweight:
+   alike), all is scaled by tau / 0.07
+p  eq. 5 compares with N and its own P; here as in the code with N and P^ag, for both kinds
 p  N_i is drawn from the rest, per kind; here as in the code once, from all patches, for all images
 p  anchors without a positive are left out; here as in the code without a task-agnostic one
 p  eq. 7 takes attention above its mean; here as in the code clipped, soft-maxed again, times 28
 p  eq. 9 divides by |I^local|; here as in the code by the patches of the 3 x 3 window
 p  eq. 10 mixes z_i (of z_p it says nothing); here as in the code all that it is compared with too
 p  lambda grows at once; here as in the code after a warm-up (--warmup 0: the paper)
-p  f_i, s_i, z_i and both pools are bare; here as in the code dropout comes before all of them
+p  f_i, s'_i, s^mix and both pools are bare; here as in the code all pass a dropout of channels
+p  Q^sp is renewed every 100 steps; here as in the code every 20 on Cityscapes and Potsdam
 p  20 epochs of Cityscapes; here as in the code 30; its Potsdam has K = 256, rho = 1, alpha = 0
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
-c  Q^sp comes from fresh images; here from the last ones trained on, fresh too, without a pass;
-   both pools start from the same patches
+c  Q^sp is built by a pass over other images; here from a patch of each image trained on last;
+   both pools start from the same patches; its steps count through, not within an epoch
+c  fp16, crops as JPEG files, a random linear probe; here fp32, crops on the fly, a probe from zero
 c  NaN where images are fewer than pool rows, or one has no positives; here more patches, and 0
 c  the checkpoint of the best validation scores counts; here the last
 
@@ -48,7 +52,7 @@ the paper's clusters with CRF, mIoU / accuracy: python eval.py RUN --crf
 4  python hp.py $S, alone (a), with (b) --no-local 23.1 / 52.5, (c) --no-task-specific 19.1 / 55.0,
    (d) --no-local --no-task-specific 20.1 / 49.3, (e) --no-symmetric 23.6 / 54.0,
    (f) --consistency 0 24.5 / 55.8, (g) --naive 10.4 / 37.8
-5  GradProp is 1; LossProp is not here: the same score in three times the time. 6: the presets.
+5  GradProp is 1; LossProp (a mIoU less, three times the time) is not here. 6: the presets.
 Figure 6: --pool, --tau; 4: samples.png; 1 and 5 (positives of a patch) are not drawn.
 """
 import argparse
@@ -81,7 +85,7 @@ class Head(nn.Module):
 
 class Model(nn.Module):
     """Images (B,3,H,W) -> code (B,K,h,w), with the probes `.linear` and `.cluster`."""
-    alpha = 2  # the CRF gets log-softmax(2 * cosine)
+    alpha = 2  # not the paper's: the CRF gets log-softmax(2 * cosine)
 
     def __init__(self, args):
         super().__init__()
@@ -149,7 +153,7 @@ def hidden_positives(features, pool, symmetric=True):
 
 
 def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight=True):
-    """The mean of Phi, eq. 6, over z and of Psi, eq. 10, over z_mix -> scalar.
+    """tau / 0.07 times the average of Phi's mean (eq. 6, z) and Psi's (eq. 10, z_mix) -> scalar.
 
     z, z_mix unit (M,K); positives (M,M) bool; negatives (N,M) bool, a row per patch of every image.
     Each image is computed again for the gradient: memory for one (N,M).
@@ -160,9 +164,9 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
         others = anchors[:, None] != patches  # (N,M)
         ag, sp = positives_ag[anchors] & others, positives_sp[anchors] & others
         kept = ag.any(1)  # anchors without a positive are left out
-        weight = (ag + lam * sp)[kept]  # of each p in P
-        compared = ((ag | negatives) & others)[kept]  # N u P
-        number = weight.sum(1)  # |P|
+        weight = (ag + lam * sp)[kept]  # 1 for P^ag, lambda for P^sp
+        compared = ((ag | negatives) & others)[kept]  # N u P^ag
+        number = weight.sum(1)  # |P^ag| + lambda |P^sp|
         # an anchor's share of the mean: reweight cancels the 1/|P| of eq. 5, as in the code
         share = number if reweight else torch.ones_like(number)
         loss = 0
@@ -179,7 +183,7 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
 
 
 def window(attention, h, w):
-    """Attention (B,heads,p+N,p+N), p prefix tokens -> (B,9,h,w): what a patch takes of its 3 x 3
+    """Attention (B,heads,prefix+N,prefix+N) -> (B,9,h,w): what a patch takes of its 3 x 3
     neighbours, eq. 7 and 8.
 
     A row is clipped to its 10 and 90 % quantiles and soft-maxed again, times 28; less than its mean
@@ -207,7 +211,7 @@ def mix(code, near):
 
 
 def mix_local(code, attention):
-    """Code (B,K,h,w), soft-maxed attention (B,heads,p+N,p+N), p prefix tokens -> (B,K,h,w)."""
+    """Code (B,K,h,w), soft-maxed attention (B,heads,prefix+N,prefix+N) -> (B,K,h,w)."""
     return mix(code, window(attention, *code.shape[2:]))
 
 
@@ -458,12 +462,12 @@ def arguments():
         choices=["online", "kmeans"])
     add("--remove-position", None, "take out of the features what a patch's place alone explains; "
         "a folder's images decide", action=argparse.BooleanOptionalAction)
-    add = p.group("ablations of table 4")
     add("--five-crop", False, "train on five half-size crops of each image")
+    add("--reweight", True, "anchors count by their positives, as in the code, unlike the paper")
+    add = p.group("ablations of table 4")
     add("--local", True, "local hidden positives by mixing codes; off in rows (b), (d)")
     add("--task-specific", True, "positives by codes too; off in rows (c), (d)")
     add("--symmetric", True, "patches are positives if either says so; off in row (e)")
-    add("--reweight", True, "anchors count by their positives")
     add("--naive", False, "row (g): plain contrast of two views")
     return p
 

@@ -41,7 +41,8 @@ Departures from the paper:
     gates        sigmoid (Fig. 3), for a simplex (text) flattens the attention
     uniformity   eq. 6, 7 are left out, as by the paper in the end; S^T S = E needs N >= P
     Potsdam      three channels of four: infrared is dropped
-    scores       of val alone, photos whole, where IIC takes crops of train and val; mIoU, too
+    scores       mIoU, too; of val alone, whole, where IIC takes crops of train and val; of COCO-27
+                 and Cityscapes central squares of 128 pixels (PiCIE: 320)
 """
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class Generator(nn.Module):
         # [3] "the normalization layer" that orthogonalises them: batch norm over the semantics,
         # which takes away what they share; all are there at test time too
         self.norm = nn.InstanceNorm1d(width, affine=True)
-        # [4] token matcher, sizes not given: the mean of the image's own tokens -> P/2 -> N
+        # [4] token matcher, sizes not given: the mean of an image's tokens -> P/2 -> semantics
         self.matcher = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(),
                                      nn.Linear(width // 2, semantics))
 
@@ -110,7 +111,7 @@ class Generator(nn.Module):
         return self.blocks(t.flatten(2).mT + positions(*t.shape[1:], t.device))
 
     def semantics(self, tokens, batchwise=True, total=alone):
-        """Tokens (B,N,width) -> S (semantics,width) of the batch (eq. 4), or one for each image."""
+        """Tokens (B,N,width) -> S (semantics,width) of the batch, eq. 4, or (B,...)."""
         # [5] "merge all the output information": the mean over tokens and images
         g = tokens.mean(1)  # (B,width)
         if batchwise:
@@ -123,15 +124,15 @@ class Generator(nn.Module):
         """Tokens (B,N,width) -> p (B,semantics) in [0,1]: how much of each an image holds."""
         if self.gate == "none":
             return tokens.new_ones(len(tokens), len(self.b1))
-        # [6] simplex (text) or sigmoid (Fig. 3): rows scaled by about 1/N flatten the attention
+        # [6] simplex (text) or sigmoid (Fig. 3): rows scaled by 1/semantics flatten the attention
         p = self.matcher(tokens.mean(1))
         return p.sigmoid() if self.gate == "sigmoid" else p.softmax(-1)
 
 
 def prepare(images, normalise):
     """Images of the data set (...,3,H,W) -> the network's input, which it must also paint."""
-    # [7] the range of the target: mean 0, deviation 1 per channel, over all photos or, on scenes
-    # and CamVid, over each alone: light and colour cast go, which who paints cannot ignore
+    # [7] the range of the target: by ImageNet's mean and deviation or, on scenes and CamVid, by
+    # each photo's own: light and colour cast go, which who paints cannot ignore
     if normalise == "image":
         images = images - images.mean((-2, -1), keepdim=True)
         images = images / images.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=0.1)
@@ -140,7 +141,7 @@ def prepare(images, normalise):
 
 class Model(nn.Module):
     """images (B,3,H,W) -> code (B,semantics,H,W), logits of the attention, at full resolution."""
-    patch, alpha = 8, 5
+    patch, alpha = 8, 5  # ours: the CRF gets log-softmax(5 * cosine)
 
     def __init__(self, args):
         super().__init__()
@@ -243,8 +244,8 @@ def train(args):
     if args.dim % 64 or args.size % 8 or args.size > args.eval_size:
         raise ValueError(f"--dim {args.dim} should be a multiple of 64, --size {args.size} one of "
                          f"8 and no larger than --eval-size {args.eval_size}")
-    # [15] photos are shrunk to a shorter side of --eval-size, as IIC and PiCIE do, then cropped
-    # [16] what is scored: the val split alone, uncropped
+    # [15] photos are shrunk to a shorter side of --eval-size, as IIC does, then cropped
+    # [16] what is scored: the val split at that size; see Departures
     images = data.load(args.data, args.root, "train", size=args.eval_size, protocol=args.protocol)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
     schedule(args, len(images))
@@ -266,13 +267,13 @@ def train(args):
         rec = reconstruction_loss(rec_q, image)
         con = consistency_loss(rec_theta, rec_q, image, args.target)
         loss = rec + con if args.reconstruction else con  # [17] no weights given: 1 and 1
-        linear = eval.probe_losses(model, code, batch["label"])[1]
-        run.log(loss=loss, rec=rec, con=con, linear=linear)
+        linear_loss = eval.probe_losses(model, code, batch["label"])[1]
+        run.log(loss=loss, rec=rec, con=con, linear=linear_loss)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         probe.zero_grad(set_to_none=True)
-        linear.backward()
+        linear_loss.backward()
         probe.step()
     patch_colours = lambda x: F.avg_pool2d(prepare(x, args.normalise), model.patch)  # noqa: E731
     return eval.finish(run, model, images, val, encode=patch_colours)

@@ -239,7 +239,7 @@ def train(args):
             shifts.copy_(start)
 
         # every process computes the loss of the global batch, on the same points and pairs
-        f, c = common.gather(model.head.drop(feats)), common.gather(code)
+        f, c = common.gather(model.head.drop(feats)), common.gather(code)  # dropped as published
         f_pos, c_pos = common.gather(model.head.drop(feats_pos)), common.gather(code_pos)
         coords, coords_pos = 2 * torch.rand(2, len(f), args.points, args.points, 2,
                                             generator=run.shared, device=run.device) - 1
@@ -319,7 +319,7 @@ def arguments():
     add("--probe-lr", 5e-3, "learning rate of both probes")
     add("--probe", "online", "clusters learned online, or kmeans of the codes: keeps small ones",
         choices=["online", "kmeans"])
-    add("--auto-shift", True, "find the shifts from the data; wrong ones merge all clusters")
+    add("--auto-shift", True, "shifts from the data, not --shift-*; wrong ones merge all clusters")
     add("--target-knn", 0.3, "mean code cosine of neighbours it steers to", low=-1, high=1)
     add("--target-rand", 0.0, "likewise of random pairs", low=-1, high=1)
     for name, shift, weight, what in (("self", 0.5, 0.67, "an image with itself"),

@@ -1925,6 +1925,8 @@ def test_attacks_nothing_is_wrong_in_silence(tmp):
     expect(run("eval", tmp / "half", "--images", mine, "--out", mine / "found"), 0)
     listed = data.load(str(mine), split="all").paths
     assert not any("found" in path for path in listed), listed  # results are no photos
+    moved = copy_of("stego", tmp / "moved", root=str(tmp / "gone"))
+    expect(run("eval", moved, "--data", mine), 0)  # not what lies in the run's own root
     expect(run("eval", out, "--clusters 9"), 0)
     content = common.load_checkpoint(out)
     content["model"]["cluster.clusters"] = content["model"]["cluster.clusters"].flip(0)

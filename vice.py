@@ -14,8 +14,9 @@ frozen, and clusters and a linear model are fitted on it. No label reaches the n
     python vice.py --data cityscapes19 --root DIR --decoder deeplab            # Table 3, or ...101
     python eval.py RUN --filters 27 --clusters 128   # L, and C by majority, of Tables 1 and 8
     python eval.py RUN --data cityscapes19 --root DIR                          # Table 9
-    Tables 2, 4: --regions grid --region-size 1 or 10, --mask 0. Tables 5, 6: --view-size --mask
-    --prototypes --queue --views --code-dim --beta. Table 11 (fine-tuning with labels): no command.
+    Table 2: --region-size 10, --regions grid --region-size 1 or 10, --mask 0. 4: --regions grid.
+    Tables 5, 6: --view-size --mask --prototypes --queue --views --code-dim --beta. Other decoders
+    of 2 and 4, and 11 (fine-tuning with labels): no command. 8, COCO: --arch resnet50.
 
 One thread of a CPU, torch 2.14, mIoU in percent (before: the same network untrained). Scenes, seeds
 0 to 2, 77 CPU-seconds: clusters 33.9 +- 0.4 (before 21.1), linear model 68.3 +- 1.3 (before 62.0).
@@ -29,7 +30,7 @@ of 5 x 256 x 256 whose superpixels it knows, else 66; a batch of 32 has 52 MB.
     (x,y)* a content-rich point           drawn from `content`
     M views, size coefficient beta        `make_views`, --views, --beta
     random masking                        `mask_rectangle`, `mask_views`
-    f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w) with h = H/4, K = --code-dim
+    f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w), h = H/4; K is --code-dim
     I mutual regions, vectors z*          `resize_regions`, `embed_regions`
     C = (c1, ..., cK) concepts            model.prototypes (prototypes,K)
     scores s* (eq. 3), assignment q       z @ prototypes.T, `sinkhorn`
@@ -40,20 +41,20 @@ Departures of the published code, followed here, from the paper:
     a region is its mean, then made unit (the paper: the mean of unit vectors)
     beta 0.5 to 1.5 (text: 2); prototypes 27 with FPN (text: 128); regions 20 pixels (Table 2: 10)
     "25 %" bounds the sides of the noise; touched superpixels become noise and are no targets
-    the queue holds embeddings, not scores, from step 313: 5,000 a GPU, in all 160,000, 24 batches
-    one mean over all regions (eq. 4: per image)
-    trained on COCO's 241,690 images and Cityscapes' 5,000, val and test too; 19 classes (text: 27)
+    the queue holds embeddings, not scores, and joins from step 313; 5,000 a GPU, in all 160,000
+    one mean over all regions (eq. 4: per image); Cityscapes has 19 classes (text: 27)
 Ours from the published code:
+    trained on COCO's curated list (49,629) and Cityscapes' train split (2,975) for as many steps;
+    theirs on all 241,690 and 5,000 images, val and test too
     DeepLab's configurations take one pixel for a region and add a coherence loss: not built, so
-    their numbers come from another loss. They train on all images at 500 pixels or more; here on
-    COCO's curated list at 480, or Cityscapes' train split, for as many steps
+    their numbers come from another loss; their images have 500 pixels or more, here COCO's 480
     the queue fills from step 0, without random vectors; prototypes are unit from the start
     superpixel 0 is kept; labels and noise are resized by one rule
     batch statistics over all processes (published: a node's four), on a CPU over each alone
     --accumulate: Sinkhorn and batch statistics see a part of the batch at a time
     one order of colour changes a step; clusters fitted on 20 pixels an image (theirs: not released)
     scenes and camvid: distortion at 0.4 (at full strength 26, not 35 mIoU on scenes), narrow beta,
-    12 x 3 views a step (4 x 5 did not learn), the linear model fitted on a sample of pixels
+    12 or 8 x 3 views a step (4 x 5 did not learn), the linear model fitted on sampled pixels
 """
 import copy
 import math
@@ -226,7 +227,8 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
 
 
 def resize_regions(crops, shared, kept, side):
-    """Crops -> (views,side,side), nearest; which kept ids all views still show in `shared`."""
+    """crops [(s,s)], shared (views,4), kept (count+1,) -> (views,side,side), nearest; which of the
+    kept ids all views still show in `shared`, (count+1,)."""
     ids = np.r_[:len(kept) - 1, -1]
     views = np.stack([nearest(labels, side) for labels in crops])
     kept = kept & np.isin(ids, views[0])  # in view 0 anywhere will do, as published
@@ -418,7 +420,8 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
 # ---------------------------------------------------------------- training
 
 class Views(torch.utils.data.Dataset):
-    """Item: "image" (views,3,side,side) uint8, "regions" int16 (`make_views`), index, path, error.
+    """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 for tiny
+    ones (`make_views`), index, path, error. ValueError: 100 images without a common region.
 
     Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold.
     """
@@ -499,7 +502,8 @@ def learning_rate(step, total, lr, warmup=0.02):
 
 
 def augment(images, regions, args, run):
-    """Items of `Views` -> (views,B,3,H,W) distorted, normalised, with noise; (views,B,H,W) ids."""
+    """images (B,views,3,H,W), regions (B,views,H,W) of `Views` -> (views,B,3,H,W), distorted,
+    normalised, with noise; (views,B,H,W)."""
     regions, shape = regions.long(), images.shape
     x, draw = images.flatten(0, 1).float() / 255, run.rand(math.prod(shape[:2]), 11)
     x = distort(x, args.colour, args.blur, draw)
