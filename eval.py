@@ -845,6 +845,10 @@ def score_run(folder, options, device):
     model, args, checkpoint = open_run(folder, options, device)
     val, probes, votes = load_data(options, args, options.split, model), {}, {}
     other = options.data not in (None, args.data)
+    parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
+    prefix = "".join(f"{part}-" for part in parts if part)
+    out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
+    saved_scores(out / f"{prefix}scores.json")  # a damaged one is refused before the work
     if not checkpoint["done"]:
         common.say(f"{folder} has not been trained to its end, its clusters are not final; go on "
                    f"with: python {checkpoint['method']}.py --resume {folder}")
@@ -883,9 +887,6 @@ def score_run(folder, options, device):
         rows |= rows_of(found, val, votes, suffix)
     if not folder:
         rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
-    parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
-    prefix = "".join(f"{part}-" for part in parts if part)
-    out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
     rows = write_report(out, model, val, result, rows, paths, prefix)
     return args, rows, tell("scored", result["failed"])
