@@ -337,7 +337,7 @@ def quiet_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(dataset, workers, **more):
+def data_loader(dataset, workers, **more):
     """A DataLoader with a random state of its own: torch's stays untouched."""
     return DataLoader(dataset, num_workers=workers, worker_init_fn=quiet_worker,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **more)
@@ -409,7 +409,7 @@ class Run:
         size, share = args.batch_size, args.batch_size // self.world
         ends = self.step * size + self.rank * share, (3 if args.bench else steps) * size
         keys = (range(first, first + share) for first in range(*ends, size))  # steps may be many
-        loader = batches(items, args.workers, batch_sampler=keys)
+        loader = data_loader(items, args.workers, batch_sampler=keys)
         if args.bench:
             yield from self._bench([self._move(batch) for batch in loader])
             return
@@ -583,7 +583,7 @@ class Features:
         be read, the sum of their features (D,h,w), the sums of the squares (D,)."""
         keep, size, n, total, squares = self.run.args.cache_features, len(dataset), 0, 0.0, 0.0
         some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
-        loader = batches(Subset(dataset, some), self.run.args.workers, batch_size=16)
+        loader = data_loader(Subset(dataset, some), self.run.args.workers, batch_size=16)
         for batch in tqdm(loader, "features", disable=self.run.rank > 0):
             index, feats = batch["index"], self._compute(batch["image"]).cpu()
             good = torch.tensor([not error for error in batch["error"]])

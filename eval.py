@@ -325,7 +325,7 @@ def batches(dataset, size, workers=0, what="evaluation", order=None):
     indices = range(len(dataset)) if order is None else order
     keys = [indices[i:i + size] for i in range(0, len(indices), size)]
     keys = keys[common.rank()::common.world()] if order is None else keys
-    loader = common.batches(dataset, workers, batch_sampler=keys, collate_fn=list)
+    loader = common.data_loader(dataset, workers, batch_sampler=keys, collate_fn=list)
     return tqdm(loader, what, leave=False, disable=common.rank() > 0, dynamic_ncols=True)
 
 
