@@ -23,9 +23,8 @@ I^local, T (LHP), s^mix    `window` (B,9,h,w); `mix`, or `mix_local` from attent
 R, alpha; lambda           `consistency_loss`, --consistency; `task_specific_share`
 
 Departures from the paper (p) and from the published code (c)
-p  eq. 11 adds four means; here as in the code half of Phi's and Psi's, each one mean over both
-   kinds of positives, of weights 1 and lambda; anchors count by their positives (--no-reweight:
-   alike), all is scaled by tau / 0.07
+p  eq. 11 adds four means; here as in the code half of Phi and Psi, each a mean over both kinds of
+   positives, of weights 1 and lambda; anchors count by their positives, all is times tau / 0.07
 p  eq. 5 compares with N and its own P; here as in the code with N and P^ag, for both kinds
 p  N_i is drawn from the rest, per kind; here as in the code once, from all patches, for all images
 p  anchors without a positive are left out; here as in the code without a task-agnostic one
@@ -34,11 +33,11 @@ p  eq. 9 divides by |I^local|; here as in the code by the patches of the 3 x 3 w
 p  eq. 10 mixes z_i (of z_p it says nothing); here as in the code all that it is compared with too
 p  lambda grows at once; here as in the code after a warm-up (--warmup 0: the paper)
 p  f_i, s'_i, s^mix and both pools are bare; here as in the code all pass a dropout of channels
-p  Q^sp is renewed every 100 steps; here as in the code every 20 on Cityscapes and Potsdam
+p  Q^sp is renewed every 100 steps; here as in the code every 20 off COCO, steps counted through
 p  20 epochs of Cityscapes; here as in the code 30; its Potsdam has K = 256, rho = 1, alpha = 0
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
 c  Q^sp is built by a pass over other images; here from a patch of each image trained on last;
-   both pools start from the same patches; its steps count through, not within an epoch
+   both pools start from the same patches
 c  fp16, crops as JPEG files, a random linear probe; here fp32, crops on the fly, a probe from zero
 c  NaN where images are fewer than pool rows, or one has no positives; here more patches, and 0
 c  the checkpoint of the best validation scores counts; here the last
@@ -53,7 +52,6 @@ the paper's clusters with CRF, mIoU / accuracy: python eval.py RUN --crf
    (d) --no-local --no-task-specific 20.1 / 49.3, (e) --no-symmetric 23.6 / 54.0,
    (f) --consistency 0 24.5 / 55.8, (g) --naive 10.4 / 37.8
 5  GradProp is 1; LossProp (a mIoU less, three times the time) is not here. 6: the presets.
-Figure 6: --pool, --tau; 4: samples.png; 1 and 5 (positives of a patch) are not drawn.
 """
 import argparse
 import copy
@@ -473,8 +471,8 @@ def arguments():
 
 
 PRESETS = {
-    # no second views here: so --cache-features can keep the features
-    "folder": dict(steps=1000, batch_size=16, consistency=0.0, probe="kmeans"),
+    # without second views --cache-features serves; a step costs the square of the batch
+    "folder": dict(steps=1000, batch_size=8, consistency=0.0, probe="kmeans"),
     # a large pool asks for closer positives; lambda stays 0: few steps leave no codes to follow
     "scenes": dict(size=96, eval_size=96, steps=300, batch_size=4, lr=1e-2, code_dim=64,
                    consistency=0.0, pool=4096, renew=20, warmup=300, probe="kmeans"),
