@@ -10,9 +10,8 @@ clusters; a linear probe is trained beside. No label reaches head or clusters.
     python hp.py --data photos/ --arch dinov2_vits14 --cache-features  # your own
     python hp.py --data coco27 --root data/cocostuff --arch vits8  # the paper's; not run here
 
-The first gives 45.7 +- 6.0 mIoU, around 43 or 51, K-means on the raw features 40.1 (seeds 0, 1, 2;
-15 CPU-seconds, torch 2.14); with a ViT-S/14, seed 0, CamVid 28.4 against 25.4, MSRC-21 38.5
-against 19.3.
+The first gives 45.4 +- 6.4 mIoU, K-means on the raw features 37.1 (seeds 0, 1, 2; 15 CPU-seconds,
+torch 2.14); with a ViT-S/14 CamVid 28.7 +- 1.4 against 25.2, MSRC-21 36.0 +- 2.8 against 21.5.
 
 Paper                      here (M = B*N patches of a batch)
 f_i, s_i, s'_i, z_i        feats (B,D,h,w), code (B,K,h,w), momentum(feats), z (M,K)

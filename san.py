@@ -12,7 +12,7 @@ the paper leaves open is marked [1] to [18] where it is settled.
     python eval.py runs/san-scenes-scratch-0 --images photos --out segmented
 
 The first gives accuracy 76.4 +- 1.0 %, mIoU 54.2 +- 1.1 % (seeds 0, 1, 2; one thread, torch 2.14),
-K-means on average patch colours 72.0 and 51.4. SAN is a learned palette: colour and 3x3 texture,
+K-means on average patch colours 71.2 and 50.7. SAN is a learned palette: colour and 3x3 texture,
 not objects. Seed 0 has 76.0 / 54.3, with --no-reconstruction (the collapse) 49.4 / 25.8, with
 --normalise set 59.9 / 35.2 (K-means 50.0 / 26.6), and --gates softmax beside it 49.5 / 18.9.
 

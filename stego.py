@@ -10,8 +10,8 @@ clusters; a linear probe is trained beside. No label reaches head or clusters.
     python stego.py --data coco27 --root data/cocostuff --arch vitb8  # the paper's; not run here
     python stego.py --plot-correspondence one.jpg two.jpg --arch vits8  # figure 2
 
-The first gives 48.6 +- 3.8 mIoU, K-means on the raw features 40.1 (seeds 0, 1, 2; 20 CPU-seconds,
-torch 2.14); with a ViT-S/14 CamVid 33.7 +- 1.6 against 25.4, MSRC-21 23.8 +- 2.8 against 20.2.
+The first gives 47.7 +- 3.7 mIoU, K-means on the raw features 37.1 (seeds 0, 1, 2; 20 CPU-seconds,
+torch 2.14); with a ViT-S/14 CamVid 33.4 +- 1.5 against 25.2, MSRC-21 25.2 +- 0.4 against 21.5.
 
 Paper                        here
 f, g; s, t                   feats, feats_pos (B,D,h,w); code, code_pos (B,K,h,w)
