@@ -41,8 +41,7 @@ Departures from the paper:
     gates        sigmoid (Fig. 3), for a simplex (text) flattens the attention
     uniformity   eq. 6, 7 are left out, as by the paper in the end; S^T S = E needs N >= P
     Potsdam      three channels of four: infrared is dropped
-    scores       mIoU, too; of val alone, whole, where IIC takes crops of train and val; of COCO-27
-                 and Cityscapes central squares of 128 pixels (PiCIE: 320)
+    scores       mIoU, too; val alone, whole (IIC: crops, of train too); COCO-27, Cityscapes: 128 px
 """
 import torch
 import torch.nn.functional as F
