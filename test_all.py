@@ -1,6 +1,6 @@
 """All tests: `python test_all.py`, or `python test_all.py -k NAME [NAME]` for those whose name contains NAME.
 
-They run on a CPU without any download in under ten minutes. `-k cuda` runs what needs a GPU, `-k stress`
+They run on a CPU without any download in about four minutes. `-k cuda` runs what needs a GPU, `-k stress`
 the long ones, both left out otherwise: 20 runs killed at random moments and 50 processes killed while saving;
 25 resumes, of every method at its first five checkpoints; 50 trainings on 1 to 17 photos; 15 odd kinds of
 images and 10 unreadable ones in 14 trainings and 5 segmentations; 2,000 steps and 2,000 segmented photos at
