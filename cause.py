@@ -8,7 +8,6 @@ No label reaches codebook, head or clusters.
     python cause.py                                      # drawn scenes, about a minute
     python cause.py --head tr                            # the transformer head
     python cause.py --data photos/ --arch dinov2_vits14  # your own
-    python eval.py runs/cause-scenes-dct8-0 --images photos/ --out segmented
 
 The first gives 43.6 +- 1.2 mIoU, the second 41.8 +- 5.4, K-means on the raw features 37.1 (seeds 0,
 1, 2; 33 and 63 CPU-seconds, torch 2.14); with a ViT-S/14 CamVid 25.4 +- 0.8 against 25.2.
