@@ -638,8 +638,7 @@ def rows_of(result, val, votes=None, suffix=""):
         linear = name.startswith("linear")
         rows[name + suffix] = scores(counts if linear else matched(counts, hungarian(counts)))
         if not linear and len(counts) != val.classes:  # many-to-one: ViCE's cluster model
-            classes = (votes or {}).get(name)
-            classes = majority(counts) if classes is None else classes
+            classes = (votes or {}).get(name, majority(counts))
             rows[f"{name}, majority{suffix}"] = scores(matched(counts, classes))
     return rows
 
@@ -861,9 +860,10 @@ def score_run(folder, options, device):
     numbers = options.clusters or [val.classes or 27] * (other or not folder)
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
-        images = 1000 if folder else len(train)  # a raw linear probe starts from them
+        all_images = {} if folder else {"images": len(train)}  # the raw linear probe's start, too
         probes, votes, codes, labels = clusterings(
-            model, train, device, numbers, patch_of(model), args.seed, images, options.workers)
+            model, train, device, numbers, patch_of(model), args.seed, workers=options.workers,
+            **all_images)
     if options.filters or other and fit:
         filters = options.filters or args.filters
         probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
@@ -873,7 +873,7 @@ def score_run(folder, options, device):
     if not folder:
         first = next(iter(probes))
         model.cluster = probes["cluster"] = probes.pop(first)
-        votes["cluster"] = votes.pop(first, None)
+        votes = {"cluster" if name == first else name: x for name, x in votes.items()}
     elif other:  # the classes of the run's linear probe are not those of another set
         probes = {"cluster": model.cluster, **probes}
     else:
