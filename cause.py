@@ -206,8 +206,7 @@ def modularity_loss(features, codebook, tau=0.1, together=largest_product):
     the form of Algorithm 1), mean over the images.
 
     features T (B,N,D), codebook M (codes,D) -> scalar; the gradient reaches the codebook alone.
-    together: how far two tokens share a community, from their assignments.
-    """
+    together: how far two tokens share a community, from their assignments."""
     T, M = F.normalize(features.detach(), dim=-1), F.normalize(codebook, dim=-1)
     A = (T @ T.mT).clamp(min=0)  # affinity (B,N,N)
     A = A - torch.diag_embed(A.diagonal(dim1=1, dim2=2))
@@ -232,8 +231,7 @@ def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=
 
     codes (B,anchors) indices, student and teacher (B,anchors,width) projections, similarity D_M
     (codes,codes) cosines, bank_codes (keys,), bank (keys,width) past teacher projections -> scalar:
-    mean over a term per image against the batch and, with a bank, one against the bank.
-    """
+    mean over a term per image against the batch and, with a bank, one against the bank."""
     rule, keys = (tau, positive, negative), teacher.flatten(0, 1)
     total, terms = contrast(codes, student, codes.flatten(), keys, similarity, 0, *rule)
     if bank is not None:
@@ -247,8 +245,7 @@ def contrast(codes, student, key_codes, keys, similarity, own=None,
     """Minus the log of eq. 4, anchors against keys -> sum over images with a pair, their number.
 
     codes (B,anchors), student (B,anchors,width), key_codes (keys,), keys (keys,width).
-    own: where anchors are keys too, the first one's place; none is a positive of itself.
-    """
+    own: where anchors are keys too, the first one's place; none is a positive of itself."""
     likeness = similarity[codes][..., key_codes]  # D_M[id_q, :] (B,anchors,keys)
     attract, repel = likeness > positive, likeness < negative
     if own is not None:
@@ -427,8 +424,7 @@ def contrast_bank(codes, code, projection, bank, similarity, tau=0.07, positive=
 
     codes (B,anchors), code (B,anchors,K), projection: linear, K -> width; tau at least 0.02.
     A product with a key v folds to the width of the code, (P y + b) . v = (y, 1) . (P^T v, b . v),
-    and the keys of one code share all masks.
-    """
+    and the keys of one code share all masks."""
     length = projection(code).norm(dim=-1, keepdim=True)
     y = torch.cat([code, torch.ones_like(length)], -1) / length / tau
     fold = torch.cat([projection.weight.T, projection.bias[None]])  # (K+1,width)

@@ -995,8 +995,7 @@ def load_backbone(arch, weights=None, depth=None, heads=None):
     weights  None: the authors' file, downloaded on first use; a file in a published layout; "none"
     depth    keep the first `depth` blocks of a ViT, then its final norm
     heads    of a ViT if not D/64 (CAUSE's published heads saw DINO's ViT-S with 12)
-    ValueError for an unknown name, or weights that are not the whole of this architecture.
-    """
+    ValueError for an unknown name, or weights that are not the whole of this architecture."""
     if arch not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}{did_you_mean(arch, ARCHS)}")
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they were

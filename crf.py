@@ -122,8 +122,7 @@ def dense_crf(image, log_probs, iterations=10, gaussian_sxy=1, gaussian_compat=3
     >= 1e-5. *_sxy, *_srgb: deviations in pixels and colour levels 0..255, as in STEGO, HP, CAUSE.
     *_compat: cost of different labels, a number w (0: no such kernel), which is w * (1 - eye(C)),
     or mu (C,C), made symmetric as by pydensecrf. normalization: "symmetric" or "none". exact: by
-    brute force. Raises ValueError on sizes, types and values that cannot be.
-    """
+    brute force. Raises ValueError on sizes, types and values that cannot be."""
     if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.shape[-3:-2] != (3,):
         raise ValueError("image must be a uint8 RGB tensor (3,H,W) or (B,3,H,W), not normalised")
     if not (torch.is_tensor(log_probs) and log_probs.is_floating_point()

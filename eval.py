@@ -103,8 +103,7 @@ def confusion_matrix(pred, label, clusters, classes):
     Two clusters, two classes, four pixels, of which the last has no label:
     >>> confusion_matrix(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, -1]), 2, 2)
     tensor([[0, 1],
-            [2, 0]])
-    """
+            [2, 0]])"""
     if pred.shape != label.shape:
         raise ValueError(f"prediction {tuple(pred.shape)}, label {tuple(label.shape)}: "
                          "expected one shape")
@@ -121,8 +120,7 @@ def hungarian(confusion):
     """(clusters,classes) counts -> (clusters,) the class of each cluster, -1 = unmatched.
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
-    tensor([ 1,  0, -1])
-    """
+    tensor([ 1,  0, -1])"""
     rows, columns = linear_sum_assignment(confusion.cpu().numpy(), maximize=True)
     assignment = torch.full((len(confusion),), -1)
     assignment[torch.from_numpy(rows)] = torch.from_numpy(columns)
@@ -148,8 +146,7 @@ def scores(confusion):
 
     >>> found = scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))  # the third is nowhere
     >>> found["iou"].tolist(), found["miou"], found["accuracy"]
-    ([0.75, 0.8, nan], 0.775, 0.875)
-    """
+    ([0.75, 0.8, nan], 0.775, 0.875)"""
     counts = confusion.cpu().double()
     classes = counts.shape[1]
     right, pixels = counts.diagonal(), counts.sum(0)

@@ -140,8 +140,7 @@ def hidden_positives(features, pool, symmetric=True):
 
     Two of three vectors are closer to each other than to the one vector of the pool:
     >>> hidden_positives(torch.eye(2)[[0, 0, 1]], torch.tensor([[0.6, 0.8]]))[0].int().tolist()
-    [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
-    """
+    [[0, 1, 0], [1, 0, 0], [0, 0, 0]]"""
     c = (features @ pool.T).amax(1)  # eq. 2
     positives = features @ features.T > c[:, None]  # row i: sim(f_i, f_j) > c_i
     if symmetric:
@@ -153,8 +152,7 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
     """tau / 0.07 times the average of Phi's mean (eq. 6, z) and Psi's (eq. 10, z_mix) -> scalar.
 
     z, z_mix unit (M,K); positives (M,M) bool; negatives (N,M) bool, a row per patch of every image.
-    Each image is computed again for the gradient: memory for one (N,M).
-    """
+    Each image is computed again for the gradient: memory for one (N,M)."""
     N, patches = len(negatives), torch.arange(len(z), device=z.device)
 
     def image_loss(z, z_mix, anchors):
@@ -182,10 +180,8 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
 def window(attention, h, w):
     """Attention (B,heads,prefix+N,prefix+N) -> (B,9,h,w): what a patch takes of its 3 x 3
     neighbours, eq. 7 and 8.
-
     A row is clipped to its 10 and 90 % quantiles and soft-maxed again, times 28; less than its mean
-    counts 0; all is divided by the size of the window.
-    """
+    counts 0; all is divided by the size of the window."""
     N, device = h * w, attention.device
     at, steps = torch.arange(N, device=device)[:, None], torch.arange(9, device=device)
     y, x = at // w + steps // 3 - 1, at % w + steps % 3 - 1  # (N,9)
@@ -370,8 +366,7 @@ class Contrast(torch.autograd.Function):
     E_i = sum of exp l_ij over A_i, and a_i the anchor's share of the loss over W_i:
         loss = sum_i a_i (W_i log E_i - sum_j w_ij l_ij),   d loss / d z_i = sum_j G_ij z_j / tau,
         G_ij = (r_i [j in A_i] + r_j [i in A_j]) exp l_ij - (a_i + a_j) w_ij,   r_i = a_i W_i / E_i
-    A first pass finds E and the value, a second G. The first GB of exp l is kept meanwhile.
-    """
+    A first pass finds E and the value, a second G. The first GB of exp l is kept meanwhile."""
     @staticmethod
     def forward(ctx, z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight, own):
         """own: slice of the patches of this process; all else is of all processes."""

@@ -309,8 +309,7 @@ def moments(x):
 def fold(convolution, norm, found=None, total=alone):
     """A convolution W and the nn.BatchNorm2d after it -> weight (m,d) and bias (m,) of one map.
 
-    found: `moments` of what W multiplies, in training; None: the running statistics serve.
-    """
+    found: `moments` of what W multiplies, in training; None: the running statistics serve."""
     W, mean, var = convolution.weight.flatten(1), norm.running_mean, norm.running_var
     if found is not None:
         count, sums, products = (total(x) for x in found)

@@ -115,8 +115,7 @@ def correlation_loss(feat_a, feat_b, code_a, code_b, shift,
     """L_corr, eq. 4, of features (B,D,S,S) and codes (B,K,S,S) at sampled points -> scalar.
 
     pointwise: spatial centring, eq. 3. zero_clamp: codes with a cosine below 0 do not move;
-    stabilize: nor those above 0.8. No gradient reaches the features.
-    """
+    stabilize: nor those above 0.8. No gradient reaches the features."""
     f = correlation(feat_a, feat_b).detach()  # F of the paper, (B,S,S,S,S)
     s = correlation(code_a, code_b)  # S
     if pointwise:
@@ -129,8 +128,7 @@ def shifted_permutation(permutation):
     """(n,) -> (n,): an element at its own place moves on by one, so no image meets itself.
 
     >>> shifted_permutation(torch.tensor([2, 1, 0, 3]))
-    tensor([2, 2, 0, 0])
-    """
+    tensor([2, 2, 0, 0])"""
     n = len(permutation)
     return (permutation + (permutation == torch.arange(n, device=permutation.device))) % n
 
@@ -153,8 +151,7 @@ def adjust(shifts, start, cosines, targets, step, total):
 
     Pairs too alike: more pressure. Self follows knn, since both attract. The gain falls as 1/step.
     Only that of random pairs, whose target can be reached, may move far: shifts that sink for the
-    0.3 that neighbours rarely reach merge clusters.
-    """
+    0.3 that neighbours rarely reach merge clusters."""
     error = F.softshrink(cosines - targets, 0.02)
     moved = shifts + 30 / total / (1 + 20 * step / total) * error[[0, 0, 1]]
     for i, reach in enumerate((0.05, 0.05, 0.4)):

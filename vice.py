@@ -68,6 +68,7 @@ from scipy import ndimage
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import rgb_to_grayscale as grey  # (n,1,H,W)
 
 import common
 import data
@@ -78,11 +79,9 @@ import eval
 
 def slic(image, region_size=20, ruler=10, iterations=5):
     """SLIC superpixels: uint8 RGB (H,W,3) -> labels (H,W), pixel for pixel those of OpenCV.
-
     A seed takes the pixels around it that are nearer to it than to other seeds, in colour and in
     place, then moves to their mean. Connectivity is not enforced, as published: a label may lie in
-    pieces. numpy in, numpy out; torch likewise.
-    """
+    pieces. numpy in, numpy out; torch likewise."""
     # BGR; its sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
     pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
     centres = np.concatenate(seeds(pixels, region_size), 1)  # (seeds,5): colour, x, y
@@ -144,9 +143,7 @@ def grid(H, W, step):
 
 def content(picture):
     """uint8 RGB (H,W,3) -> probability (H,W) of being the point that all views show: high on edges.
-
-    Canny's, a pixel thicker downwards (published: a 3x3 dilation that acts as 2x1), blurred.
-    """
+    Canny's, a pixel thicker downwards (published: a 3x3 dilation that acts as 2x1), blurred."""
     grey = (blur(picture, 64, 128) @ np.array([0.299, 0.587, 0.114])).round()
     dx, dy = (ndimage.sobel(grey, axis, mode="nearest") for axis in (1, 0))
     m = dx * dx + dy * dy
@@ -177,9 +174,7 @@ def near(centre, s, i, others, angle, radius):
 
 def mask_rectangle(s, side, largest, turn, radius, width, height):
     """Noise rectangle (x0,y0,x1,y1) in a crop of side s, from four draws in [0,1].
-
-    It is placed as if the crop had the side of the finished view: published.
-    """
+    It is placed as if the crop had the side of the finished view: published."""
     width, height = int(largest * s * width), int(largest * s * height)
     r, t = side / 2 * radius, 2 * math.pi * turn
     x, y = side / 2 + r * math.cos(t), side / 2 + r * math.sin(t)
@@ -213,8 +208,7 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
 
     crops: labels [(s,s)]; shared (views,4): the common rectangle in each. A region that a view's
     rectangle touches becomes noise in that view and a region of none; a random quarter of the
-    common ids is spared. A rectangle that touches padding (-1) makes all padding noise.
-    """
+    common ids is spared. A rectangle that touches padding (-1) makes all padding noise."""
     ids = np.r_[:count, -1]
     x0, y0, x1, y1 = shared[0]
     kept = np.isin(ids, crops[0][y0:y1, x0:x1]) & (ids >= 0)
@@ -240,9 +234,7 @@ def resize_regions(crops, shared, kept, side):
 
 def make_views(picture, regions, rng, args):
     """uint8 (3,H,W), regions (H,W) -> views uint8 (views,3,side,side), regions (views,side,side).
-
-    Ids become 0, 1, ... for the regions that all views show, -1 for none, -2 for noise.
-    """
+    Ids become 0, 1, ... for the regions that all views show, -1 for none, -2 for noise."""
     def von_mises(peak, n=None):
         return (rng.vonmises(peak, 2, n) + math.pi) / (2 * math.pi)
     (H, W), side, count = regions.shape, args.view_size, int(regions.max()) + 1
@@ -321,7 +313,6 @@ class DeepLab(nn.Module):
 
 class Network(nn.Module):
     """Images (B,3,H,W) -> raw embeddings (B,K,H/4,W/4): a ResNet at stride 8, then a decoder.
-
     resnet: one of torchvision's, of which it keeps the first `depth` of the four stages. Strides of
     the last two become dilations, also in their first 3x3, where torchvision's option halves them.
     """
@@ -400,8 +391,7 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     Both rows prefer the first prototype; the one that minds less gets the second:
     >>> sinkhorn(torch.tensor([[0.9, 0.0], [0.6, 0.5]])).round()
     tensor([[1., 0.],
-            [0., 1.]])
-    """
+            [0., 1.]])"""
     Q = ((scores - scores.max()) / epsilon).exp()
     Q /= Q.sum()
     for _ in range(iterations):
@@ -423,8 +413,7 @@ class Views(torch.utils.data.Dataset):
     """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 for tiny
     ones (`make_views`), index, path, error. ValueError: 100 images without a common region.
 
-    Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold.
-    """
+    Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold."""
     def __init__(self, images, args):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
@@ -466,10 +455,8 @@ class Views(torch.utils.data.Dataset):
 
 class LARS(torch.optim.Optimizer):
     """SGD whose gradient is scaled, tensor by tensor, to the length trust * |parameter|.
-
     Where either has length zero, a plain step without weight decay. Biases and BN are treated like
-    the rest, as published. All tensors at once: 25 calls instead of 1,304.
-    """
+    the rest, as published. All tensors at once: 25 calls instead of 1,304."""
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
         super().__init__(params, defaults)
@@ -664,7 +651,6 @@ def embed_regions_folded(maps, regions, count):
 
 def distort(x, strength, blur, draw):
     """SimCLR's colour distortion, then blur: views (n,3,H,W) in [0,1], draw (n,11) uniform numbers.
-
     Equals torchvision's ColorJitter, RandomGrayscale and GaussianBlur on view after view, in 70
     calls instead of 48,600 for 160 views; but for one order of the four changes, the first row's.
     """
@@ -685,11 +671,6 @@ def distort(x, strength, blur, draw):
     y = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]  # (1,3n,H+12,W+12)
     y = F.conv2d(y, kernel[:, None, None], groups=len(kernel))
     return F.conv2d(y, kernel[:, None, :, None], groups=len(kernel)).view(x.shape)
-
-
-def grey(x):
-    """(n,3,H,W) -> luminance (n,1,H,W)."""
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def turn_hue(x, turn):
