@@ -5,17 +5,6 @@
     python eval.py RUN RUN RUN                             a table of runs, mean over seeds
     python eval.py RUN --images holiday --out segmented    your own pictures
     python eval.py --arch vits8 --data coco27 --root DIR   raw backbone: K-means and linear probe
-
-In Python:
-
-    model, args, checkpoint = eval.load_run("runs/cause-scenes-dct8-0")
-    ids = eval.segment_image(model, Image.open("photo.jpg"), crf=True)  # (H,W) int64
-
-A class in neither labels nor prediction has no IoU: it is not averaged. Clusters are named by the
-one-to-one matching that puts most pixels right (Hungarian), found on the scored set itself; pixels
-of clusters left without a class count as errors.
-
-Letters: B images, H W pixels, h w patches, D backbone width, K code width, C classes or clusters.
 """
 import argparse
 import collections
@@ -87,9 +76,9 @@ def probe_losses(model, code, label):
     -> two scalars, 0 for a probe that the model does not have or train."""
     code = code.detach().float()
     cluster = linear = code.new_zeros((), requires_grad=True)
-    if getattr(model, "cluster", None) is not None and model.cluster.clusters.requires_grad:
+    if model.cluster.clusters.requires_grad:
         cluster = model.cluster(code)[0]
-    if getattr(model, "linear", None) is not None:
+    if model.linear is not None:
         linear = linear_loss(model.linear(code), label)
     return cluster, linear
 
@@ -385,11 +374,11 @@ class Clustered(nn.Module):
 
 
 @torch.no_grad()
-def sample_points(encoder, dataset, device, patch, points, images, seed=0, workers=0):
-    """Features of random cells of the feature map of `images` evenly spaced images of a data set.
-    -> features (n,points,D), labels at the cells' centres (n,points) with -1 = none. Interpolated
-    pixels, mixtures at borders, would cost the baseline six points of mIoU on the scenes."""
-    found, generator = [], torch.Generator().manual_seed(seed)
+def sample_points(encoder, dataset, device, points, images, seed=0, workers=0):
+    """Features of `points` random cells of each of `images` evenly spaced images of a data set.
+    -> features (n,D), labels at the cells' centres (n,) with -1 = none. Interpolated pixels,
+    mixtures at borders, would cost the baseline six points of mIoU on the scenes."""
+    found, generator, patch = [], torch.Generator().manual_seed(seed), patch_of(encoder)
     for [item] in batches(dataset, 1, workers, "features", evenly(images, len(dataset))):
         if item["error"]:
             continue
@@ -403,17 +392,16 @@ def sample_points(encoder, dataset, device, patch, points, images, seed=0, worke
         found.append((feats.flatten(1)[:, cell].T, label[cell].to(device)))
     if not found:
         raise OSError(f"no image of {dataset.name} could be read")
-    return tuple(map(torch.stack, zip(*found)))
+    return tuple(map(torch.cat, zip(*found)))
 
 
-def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=1000, workers=0):
+def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
     -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
     features (n,D) of at most 160 cells an image, 2^17 in all, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(160, 2 ** 17 // images))
-    found = sample_points(encoder, dataset, device, patch, points, images, seed, workers)
-    features, labels = (x.flatten(0, 1) for x in found)
+    features, labels = sample_points(encoder, dataset, device, points, images, seed, workers)
     probes, votes = {}, {}
     for number in numbers:
         centres = kmeans(features, number, seed=seed)
@@ -426,7 +414,7 @@ def clusterings(encoder, dataset, device, numbers, patch=1, seed=0, images=1000,
     return probes, votes, features, labels
 
 
-def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, workers=0, steps=100):
+def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, steps=100):
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
     It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
     and goes on by STEGO's recipe in whole passes, `steps` at least: Adam at 5e-3, here falling to
@@ -450,7 +438,7 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
         adam.param_groups[0]["lr"] = 5e-3 * (1 - step / len(loader))
         for batch in same_size(items):
             image, label = batch["image"].to(device), batch["label"].to(device)
-            large = padded(image, patch)
+            large = padded(image, patch_of(encoder))
             with torch.no_grad():
                 code = (encoder(large).float() - mean) / deviation
             logits = upsample(probe(code), label.shape[1:], (image.shape[2:], large.shape[2:]))
@@ -464,9 +452,10 @@ def fit_linear(encoder, dataset, device, patch, features, labels, seed=0, worker
 
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> (clusters,classes) on val."""
-    probes = clusterings(encoder, images, run.device, [clusters], patch, run.args.seed,
-                         workers=run.args.workers)[0]
-    model = Clustered(encoder, patch, *probes.values())
+    model = Clustered(encoder, patch, None)
+    probes, *_ = clusterings(model, images, run.device, [clusters], run.args.seed,
+                             workers=run.args.workers)
+    [model.cluster] = probes.values()
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
 
 
@@ -714,26 +703,25 @@ def finish(run, model, images, val, encode=None, more=None):
     """The end of every training run: score on val, write scores.json and pictures, print the table.
     images: the train split, on which clusters are refitted where args.probe is "kmeans", and the
     baseline's K-means. encode: (B,3,H,W) -> features (B,D,h,w) for the baseline, default the
-    backbone. more: further rows, {title: confusion}. -> exit code: 1 if an image was unreadable."""
+    backbone. more: further counts, named as by `evaluate`. -> exit code: 1: unreadable images."""
     if run.args.bench:
         return 0
     images.read_images = True  # cached features may have left it off
     if getattr(run.args, "probe", None) == "kmeans":
         # a probe that learns online drops small classes: a centre that never wins never moves
-        numbers = [len(model.cluster.clusters)]
-        [probe] = clusterings(model.eval(), images, run.device, numbers, patch_of(model),
-                              run.args.seed, workers=run.args.workers)[0].values()
+        probes, *_ = clusterings(model.eval(), images, run.device, [run.args.clusters],
+                                 run.args.seed, workers=run.args.workers)
+        [probe] = probes.values()
         model.cluster.load_state_dict(probe.state_dict())
     run.keep(model=model)
     run.save(done=True)
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else 0
     result = evaluate(model, val, run.device, workers=run.args.workers)
-    rows = rows_of(result, val)
     if val.classes:
         encode = encode or model.backbone
         raw = baseline(run, encode, images, val, run.args.clusters, patch_of(model))
-        rows["kmeans"] = scores(matched(raw, hungarian(raw)))
-    rows |= {title: scores(counts) for title, counts in (more or {}).items()}
+        result = {**result, "kmeans": raw, **(more or {})}
+    rows = rows_of(result, val)
     paths = sorted({*images.paths, *val.paths})
     write_report(run.folder, model, val, result, {**rows, "seconds": seconds}, paths)
     return tell("scored", result["failed"])
@@ -746,7 +734,7 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
     if common.rank() > 0:
         return {}
     counts, device = result["cluster"], model.cluster.clusters.device
-    assignment = hungarian(counts) if val.classes else torch.full((len(counts),), -1)
+    assignment = hungarian(counts)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
     path, weights = folder / f"{prefix}scores.json", common.digest(model)
@@ -857,16 +845,15 @@ def score_run(folder, options, device):
     numbers = options.clusters or [val.classes or 27] * (other or not folder)
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
-        all_images = {} if folder else {"images": len(train)}  # the raw linear probe's start, too
-        probes, votes, codes, labels = clusterings(
-            model, train, device, numbers, patch_of(model), args.seed, workers=options.workers,
-            **all_images)
+        images = 1000 if folder else len(train)  # the raw linear probe's start, too
+        probes, votes, codes, labels = clusterings(model, train, device, numbers, args.seed, images,
+                                                   options.workers)
     if options.filters or other and fit:
         filters = options.filters or args.filters
         probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
     elif (other or not folder) and (labels >= 0).any():
         probes["linear" + ", fitted here" * other] = fit_linear(
-            model, train, device, patch_of(model), codes, labels, args.seed, options.workers)
+            model, train, device, codes, labels, args.seed, options.workers)
     if not folder:
         first = next(iter(probes))
         model.cluster = probes["cluster"] = probes.pop(first)
@@ -937,7 +924,7 @@ def segment(folder, options, device):
         if options.head == "linear" or options.names and len({*options.clusters}) > 1:
             raise ValueError("--clusters goes without --head linear, and several without --names")
         train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
-        probes = clusterings(model, train, device, numbers, patch_of(model), args.seed)[0]
+        probes = clusterings(model, train, device, numbers, args.seed)[0]
         named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
         *_, (ids, names, palette) = named.values()
     several = len(named) > 1

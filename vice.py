@@ -549,17 +549,16 @@ def train(args):
         return 0
     model.eval()
     pixels = max(args.probe_pixels, 10 * args.clusters // len(whole))  # of few images, more of each
-    points, _ = eval.sample_points(model, whole, run.device, 1, pixels, args.probe_images,
-                                   args.seed, args.workers)
-    centres = eval.kmeans(points.flatten(0, 1), args.clusters, seed=args.seed)
+    points, _ = eval.sample_points(model, whole, run.device, pixels, args.probe_images, args.seed,
+                                   args.workers)
+    centres = eval.kmeans(points, args.clusters, seed=args.seed)
     model.cluster.clusters.data.copy_(centres)
     rows = {}
     if val.classes:
         for m in (model, untrained):
             m.linear = fit_linear(m, whole, args.filters, args)
         rows["linear, untrained"] = eval.evaluate(untrained, val, run.device)["linear"]
-        colours = eval.baseline(run, nn.AvgPool2d(8), whole, val, args.clusters, 8)
-        rows["K-means, colours"] = eval.matched(colours, eval.hungarian(colours))
+        rows["K-means, colours"] = eval.baseline(run, nn.AvgPool2d(8), whole, val, args.clusters, 8)
     return eval.finish(run, model, whole, val, encode=untrained, more=rows)
 
 
@@ -620,9 +619,8 @@ def whole_images(model, images, args):
 def random_pixels(model, images, args):
     """(1,K,4096,1), (1,4096,1) of a fixed sample: for runs of minutes, whose few steps on whole
     images would end 3 mIoU lower."""
-    z, label = (x.flatten(0, 1) for x in eval.sample_points(
-        model, images, model.prototypes.device, 1, args.probe_pixels, args.probe_images, args.seed,
-        args.workers))
+    z, label = eval.sample_points(model, images, model.prototypes.device, args.probe_pixels,
+                                  args.probe_images, args.seed, args.workers)
     z, label = z[label >= 0], label[label >= 0]
     for _ in range(args.probe_steps * bool(len(label))):
         rows = torch.randint(len(label), (4096,)).to(z.device)
