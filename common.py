@@ -73,6 +73,11 @@ class Parser(argparse.ArgumentParser):
             more["nargs"] = len(default)
         (group or self).add_argument(name, default=default, help=help, **more)
 
+    def parse_args(self, args=None, namespace=None):
+        if "" in (sys.argv[1:] if args is None else args):
+            self.error("an empty word; is a variable of the shell unset?")
+        return super().parse_args(args, namespace)
+
     def group(self, title):
         return functools.partial(self.add, group=self.add_argument_group(title))
 
@@ -132,7 +137,7 @@ def parse(arguments, presets, argv=None):
         p.set_defaults(**saved)
         args = p.parse_args(argv)
         other = [k for k in saved if vars(args)[k] != saved[k] and k not in ("root", "weights")]
-        if other := other + ["bench"] * bool(args.bench):
+        if other := other + [k for k in ("bench", "json", "out") if vars(args)[k]]:
             raise ValueError(f"--resume has its own options; drop {', '.join(map(flag, other))}")
         return args
     folder = args.data not in DATA and os.path.isdir(args.data)
@@ -143,8 +148,13 @@ def parse(arguments, presets, argv=None):
         if data in known and all(fnmatch.fnmatch(str(vars(args)[k]), x) for k, x in rules):
             p.set_defaults(**({"steps": None} if "epochs" in preset else {}) | preset)
     args = p.parse_args(argv)
+    if args.root and (folder or args.data == "scenes"):
+        raise ValueError(f"--data {args.data} takes no --root")
+    if args.json and not args.bench:
+        raise ValueError("--json is where --bench N writes")
+    args.root = args.root and os.path.abspath(args.root)  # a run may be resumed from elsewhere
     if folder:
-        args.data = os.path.abspath(args.data)  # a run may be resumed from elsewhere
+        args.data = os.path.abspath(args.data)
     elif vars(args).get("remove_position", False) is None:
         args.remove_position = False
     vit = NAME.fullmatch(args.arch)  # a network that is trained takes any size
@@ -352,11 +362,11 @@ class Run:
         self.rank, self.world, self.folder = rank(), world(), Path(args.resume or args.out or "")
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} does not divide by {self.world}")
-        if args.out and not args.resume:
-            if os.path.lexists(self.folder / "args.json"):
-                raise ValueError(f"{args.out} already holds a run; go on with --resume {args.out}")
-            if images.root and Path(images.root).resolve().is_relative_to(self.folder.resolve()):
-                raise ValueError(f"--out {args.out} holds the data; take a folder inside or beside")
+        if args.out and not args.resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"--out {args.out} already holds a run or other files; take a new "
+                             f"folder, or go on with --resume {args.out}")
+        if (args.clusters or 0) > 160 * len(images):  # what K-means takes of an image
+            raise ValueError(f"--clusters {args.clusters} are too many for {len(images)} images")
         if args.workers is None:
             cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             few = self.device.type == "cpu"  # it computes as well
@@ -454,7 +464,10 @@ class Run:
         say(f"{self.method} on {args.data} with {args.arch}, seed {args.seed}, {self.device}, "
             f"{self.world} process(es), torch {torch.__version__}, folder {self.folder}")
         if self.loaded:
-            tell_differences(self.loaded, self.backbone, **self.files)
+            other = differences(self.loaded, self.backbone, **self.files)
+            if other and self.loaded["done"]:
+                raise ValueError(f"{self.folder} is finished and stays as it is, but {other[0]}; "
+                                 f"score it with: python eval.py {self.folder}")
         if writes:
             with open(self.folder / "log.jsonl", "ab") as file:  # later steps are done again
                 file.truncate(min(file.tell(), self.loaded["log"] if self.loaded else 0))
@@ -707,13 +720,17 @@ def digest(module):
     return found.hexdigest()[:16]
 
 
-def tell_differences(checkpoint, backbone, **files):
-    """A line for each thing that is not what the run was made with: backbone's weights, images."""
+def differences(checkpoint, backbone="", **files):
+    """Tell and list what is not what the run was made with: the backbone's weights, images."""
+    found = []
     if backbone and checkpoint["backbone"] != backbone:
-        say("note: the backbone's weights are not those that the run was trained with")
+        found.append("the backbone's weights are not those that the run was trained with")
     for split, now in files.items():
         if other := set(now) ^ set(map(str, checkpoint["images"].get(split, now))):
-            say(f"note: {len(other):,} {split} images are new, gone or changed, as {min(other)}")
+            found.append(f"{len(other):,} {split} images are new, gone or changed: {min(other)}")
+    for text in found:
+        say(f"note: {text}")
+    return found
 
 
 def peak_memory(device):

@@ -176,7 +176,10 @@ class Images(torch.utils.data.Dataset):
     def decode(self, i, label, changed):
         if not label:
             return read_image(self.photos[i])
-        return Image.fromarray((self.table + 1).astype(np.uint8)[read_ids(self.labels[i])])
+        classes = self.table[read_ids(self.labels[i])]
+        if classes.min() < -1:
+            raise ValueError("an id beyond classes.txt that is not 255")
+        return Image.fromarray((classes + 1).astype(np.uint8))
 
     def read(self, i, label=False):
         """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
@@ -522,7 +525,7 @@ def folder(root, split, seed):
     if skipped and split != "val":  # train and val skip the same files
         kinds = " ".join(sorted({os.path.splitext(path)[1] for path in skipped}))
         common.say(f"skipped as unreadable: {len(skipped)} (among {kinds}), first {min(skipped)}")
-    if (root / "classes.txt").is_file():
+    if (root / "classes.txt").is_file() and any(pairs.values()):
         names = read_lines(root / "classes.txt")
     else:
         count = 0
@@ -598,7 +601,9 @@ def load(name, root=None, split="train", size=224, crops=None, protocol=None, se
         root = Path(root if root and os.path.isabs(name) else name)  # it was moved
         name = root.resolve().name
         paths, labels, names, skipped = folder(root, split, seed)
-        data = Set(None, names, colours(len(names)), table_of(range(len(names))))
+        table = table_of(range(len(names)))
+        table[len(names):255] = -2  # an error of the label
+        data = Set(None, names, colours(len(names)), table)
     elif root is None:
         raise ValueError(f"{name} needs --root DIR, the directory that holds it")
     else:
@@ -736,6 +741,8 @@ def main(argv=None):
     p.add("--check", False, "read every pair once; exit 1: problems", action="store_true")
     args = p.parse_args(argv)
     if args.name is None:
+        if args.root or args.download or args.check:
+            raise ValueError("of which data set? python data.py lists them")
         for name, data in SETS.items():
             print(f"{name:13} {len(data.names):3} classes, protocols", *data.protocols)
         return 0

@@ -557,7 +557,7 @@ def confusion_picture(confusion, names, title):
     """Counts (classes[+1],classes), predictions as rows -> labels as rows, in % of the row."""
     columns = [*names, "no class"][:len(names) + int(confusion[len(names):].sum() > 0)]
     counts = confusion[:len(columns)].double().cpu().T.numpy()
-    texts = [f"{name}  {x:.1%}" for name, x in zip(names, counts.sum(1) / counts.sum())]
+    texts = [f"{name}  {x:.1%}" for name, x in zip(names, counts.sum(1) / counts.sum().clip(1))]
     left = max(box(text).width for text in texts + columns)
     heads = [box(name, left).rotate(90, expand=True) for name in columns]
     rows = [stack([box("", left), *heads])]
@@ -729,8 +729,8 @@ def finish(run, model, images, val, encode=None, more=None):
 
 def write_report(folder, model, val, result, found, paths, prefix=""):
     """Process 0 writes scores.json and pictures, then prints the table -> its rows.
-    found: rows and what else scores.json shall hold. What it held stays, as long as the weights are
-    the same. paths: the photos that overview.png chooses from where there are no labels."""
+    found: rows and what else scores.json shall hold; what it held of the same weights and data
+    stays. paths: the photos that overview.png chooses from where there are no labels."""
     if common.rank() > 0:
         return {}
     counts, device = result["cluster"], model.cluster.clusters.device
@@ -738,11 +738,13 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
     path, weights = folder / f"{prefix}scores.json", common.digest(model)
+    scored = seal({"how": [val.split, val.size, val.protocol, val.names], "files": val.files()})
     before = saved_scores(path)
-    before = before if before.get("weights") == weights else {}
+    if (before.get("weights"), before.get("scored")) != (weights, scored):
+        before = {}
     content = {**before, **found, "images": len(val), "labelled": result["labelled"],
                "failed": result["failed"], "classes": val.names, "names": names,
-               "palette": palette.tolist(), "matching": ids, "weights": weights,
+               "palette": palette.tolist(), "matching": ids, "weights": weights, "scored": scored,
                "versions": common.versions(device)}
     text = json.dumps(content, default=torch.Tensor.tolist)
     content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
@@ -791,6 +793,8 @@ def load_run(folder, device="cpu", weights=None):
         common.load_trained(model, checkpoint["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} makes no {method}.Model: {data.describe(error)}") from None
+    backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
+    common.differences(checkpoint, backbone)
     found = saved_scores(Path(folder) / "scores.json")
     model.eval_size = getattr(args, "eval_size", args.size)
     model.named = naming(torch.full((len(model.cluster.clusters),), -1))
@@ -831,14 +835,20 @@ def score_run(folder, options, device):
     other = options.data not in (None, args.data)
     parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
     prefix = "".join(f"{part}-" for part in parts if part)
-    out = Path(folder or options.out or f"runs/raw-{val.name}-{options.arch}")
+    raw = "-".join(map(str, filter(None, ["runs/raw", val.name, options.arch, options.depth])))
+    out = Path(folder or options.out or raw)
+    if not folder and out.exists() and ((out / "last.pt").exists() or not saved_scores(
+            out / f"{prefix}scores.json") and any(out.iterdir())):
+        raise ValueError(f"{out} holds a trained run or other files; take another --out")
     saved_scores(out / f"{prefix}scores.json")  # a damaged one is refused before the work
+    if folder and not other and 0 < val.classes != args.classes > 0:
+        raise ValueError(f"{folder} was trained with {args.classes} classes, now the labels of "
+                         f"{val.name} have {val.classes}")
     if not checkpoint["done"]:
         common.say(f"{folder} has not been trained to its end, its clusters are not final; go on "
                    f"with: python {checkpoint['method']}.py --resume {folder}")
     if folder and not other and options.split == "val":
-        backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
-        common.tell_differences(checkpoint, backbone, val=val.files())
+        common.differences(checkpoint, val=val.files())
     fit = folder and getattr(importlib.import_module(checkpoint["method"]), "fit_linear", None)
     if options.filters and not fit:
         raise ValueError(f"--filters: {checkpoint['method']}.py has no linear model with filters")
@@ -1015,6 +1025,8 @@ def path_picture(folder, options, device):
         raise ValueError("--path shows the way through a frozen backbone; this run has none")
     dataset, (ids, names, palette) = load_data(options, args, options.split, model), model.named
     item = dataset[len(dataset) // 2]
+    if item["error"]:
+        raise ValueError(f"{item['path']} cannot be drawn: {item['error']}")
     image, label = item["image"][None].to(device), item["label"]
     feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
     code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()

@@ -390,6 +390,7 @@ def test_backbones_refuse(tmp):
         path.write_bytes(content)
         refuses(ValueError, "weights.pth", load, path)
     refuses(FileNotFoundError, "directory", load, tmp)
+    refuses(ValueError, "empty word", stego.arguments().parse_args, ["--weights", ""])
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
 
 def test_backbones_inert_objects(tmp):
@@ -664,6 +665,8 @@ def test_data_folder(tmp, told):
     assert labelled.classes == 3 and labelled[0]["label"].unique().tolist() == [0, 1, 2]
     put(root / "classes.txt", "left\n\nright\n\n")
     assert data.load(str(root), split="all").names == ["left", "class 1", "right"]
+    put(root / "classes.txt", "left")
+    assert "an id beyond classes.txt" in data.load(str(root), split="all")[0]["error"]
     put(root / "labels/black.png", np.zeros((2, 2)))
     assert data.load(str(root), split="all")[0]["error"].startswith("label: (2, 2) pixels")
     (root / "classes.txt").unlink(), put(root / "labels/black.png", photo)
@@ -1707,22 +1710,24 @@ def test_smoke(method):
     assert lines and all(math.isfinite(line["loss"]) for line in lines)
     assert same(out, common.trained(eval_.load_run(out)[0]))  # rebuilt from method and options alone
 
+def cut(method, out, saves, *words):
+    """Train as `smoke` does, but die after so many checkpoints."""
+    original, left = common.save, iter(range(saves - 1))
+
+    def dies(content, path):
+        original(content, path)
+        if next(left, None) is None:
+            raise SystemExit
+    with mock.patch.object(common, "save", dies):
+        smoke(method, out, *words)
+
 @each_method
 def test_resume(method, tmp, saves=(2, 4)):
     """A run that dies after its n-th checkpoint and is resumed elsewhere: same weights, same scores."""
-    original, left = common.save, 0
-
-    def dies(content, path):
-        nonlocal left
-        original(content, path)
-        left -= 1
-        if left == 0:
-            raise SystemExit
     for n in saves:
-        left, cut, moved = n, tmp / f"cut{n}", tmp / f"moved{n}"
-        with mock.patch.object(common, "save", dies):
-            smoke(method, cut)
-        expect(run(method, "--resume", shutil.move(cut, moved)), 0)
+        moved = tmp / f"moved{n}"
+        cut(method, tmp / "cut", n)
+        expect(run(method, "--resume", shutil.move(tmp / "cut", moved)), 0)
         same_run(finished(method), moved)
 
 @each_method
@@ -1775,7 +1780,10 @@ def test_bad_input_is_one_line_and_exit_2(tmp):
             "cause --device cuda:99": "this machine has no", "cause --clusters 99999999999": "--clusters",
             f"cause --out {done}": "already holds a run", f"cause --resume {tmp}/nowhere": "last.pt",
             f"cause --resume {done} --lr 1": "drop --lr", f"stego --resume {done}": "a run of cause.py",
-            f"cause --data {photos()} --out {photos().parent}": "holds the data",
+            f"cause --data {photos()} --out {photos().parent}": "other files", "cause --json a": "--bench",
+            f"cause --data {photos()} --root {tmp}": "--root",
+            f"cause --data {photos()} --clusters 5000": "too many",
+            f"cause --resume {done} --out a": "drop --out",
             **{f"{method} {option} {value}": option for method, option, value in (
                 ("cause", "--clip", -1), ("cause", "--steps", 0), ("cause", "--lr", "nan"),
                 ("cause", "--lr", -1), ("cause", "--thresholds", "nan nan"), ("cause", "--seed", 1e30),
@@ -1890,10 +1898,16 @@ def test_attacks_nothing_is_wrong_in_silence(tmp):
         expect(run("eval", out, "--split", split), 2, "split")
     (tmp / "scenes").mkdir()  # a directory with a data set's name
     expect(run("stego", "--show"), 0, '"steps": 200')
-    expect(smoke("stego", tmp / "half", "--data", mine), 0)
+    cut("cause", tmp / "half", 2, "--data", mine)
     put(mine / "photos/new.png", np.zeros((48, 48, 3)))
-    expect(run("stego", "--resume", tmp / "half"), 0, "note: ", "train images")
+    expect(run("cause", "--resume", tmp / "half"), 0, "note: ", "train images")
     (mine / "photos/new.png").unlink()
+    expect(run("cause", "--resume", tmp / "half"), 2, "is finished", "train images")
+    expect(run("eval", tmp / "half", "--clusters 9"), 0)
+    put(mine / "val.txt", "photos/0.png")
+    expect(run("eval", tmp / "half"), 0, "val images are new")
+    assert not any("9" in key for key in scores_of(tmp / "half")), "rows of other images"
+    expect(run("eval", "--arch dct8 --out", tmp / "half"), 2, "holds a trained run")
     expect(run("eval", tmp / "half", "--images", mine, "--out", mine / "found"), 0)
     listed = data.load(str(mine), split="all").paths
     assert not any("found" in path for path in listed), listed  # results are no photos
