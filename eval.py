@@ -837,11 +837,11 @@ def score_run(folder, options, device):
     prefix = "".join(f"{part}-" for part in parts if part)
     raw = "-".join(map(str, filter(None, ["runs/raw", val.name, options.arch, options.depth])))
     out = Path(folder or options.out or raw)
-    if not folder and out.exists() and ((out / "last.pt").exists() or not saved_scores(
-            out / f"{prefix}scores.json") and any(out.iterdir())):
-        raise ValueError(f"{out} holds a trained run or other files; take another --out")
     saved_scores(out / f"{prefix}scores.json")  # a damaged one is refused before the work
-    if folder and not other and 0 < val.classes != args.classes > 0:
+    held = {path.name.rpartition("-")[2] for path in out.glob("*")}  # names without a prefix
+    if not folder and held and ("last.pt" in held or "scores.json" not in held):
+        raise ValueError(f"{out} holds a trained run or other files; take another --out")
+    if folder and not other and len({args.classes, val.classes} - {0}) > 1:
         raise ValueError(f"{folder} was trained with {args.classes} classes, now the labels of "
                          f"{val.name} have {val.classes}")
     if not checkpoint["done"]:

@@ -16,7 +16,7 @@ K-means on average patch colours 71.2 and 50.7. SAN is a learned palette: colour
 not objects. Seed 0 has 76.0 / 54.3, with --no-reconstruction (the collapse) 49.4 / 25.8, with
 --normalise set 59.9 / 35.2 (K-means 50.0 / 26.6), and --gates softmax beside it 49.5 / 18.9.
 
-The paper's tables, accuracy in % (theirs, not run here), and what `python san.py --root DIR` takes:
+The paper's tables, accuracy in % (theirs, not run here), and what `python san.py` takes for them:
 
     2, 3  --data coco3 80.3, potsdam6 60.5, coco15 55.7, coco27 52.0, cityscapes27 51.0
     4  --data coco3 --layers 4: 79.9. ResNet-18 and U-Net as encoder or generator cannot be run
