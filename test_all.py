@@ -1821,7 +1821,7 @@ def test_training_leaves_a_notebook_as_it_was(tmp):
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         return *handlers, os.getcwd(), torch.get_num_threads()
     before = state()
-    argv = words_of(["--smoke --workers 0 --out", tmp / "run"])
+    argv = words_of(["--smoke --workers 0 --size 48 --eval-size 48 --data", photos(), "--out", tmp / "run"])
     assert stego.train(common.parse(stego.arguments, stego.PRESETS, argv)) == 0
     assert eval_.run(eval_.arguments().parse_args([f"{tmp}/run"])) == 0
     assert before == state()
@@ -1833,7 +1833,8 @@ def work_of_one(methods, out):
     with (plain(torch.nn.Dropout), plain(torch.nn.Dropout2d),
           mock.patch.object(torch.distributed, "destroy_process_group")):  # it cannot be joined again
         for method in methods:
-            expect(run(method, "--smoke --batch-size 8 --steps 4 --out", out / method), 0)
+            words = "--smoke --batch-size 8 --steps 4 --size 48 --eval-size 48 --out"
+            expect(run(method, words, out / method), 0)
     device, val = common.start_processes(), data.load("scenes", split="val", size=48)
     counts = eval_.evaluate(eval_.load_run(out.parent / "run", device)[0], val, device, batch_size=8)
     torch.save([counts[head] for head in ("cluster", "linear")], out / f"{common.rank()}.pt")
@@ -1882,7 +1883,7 @@ def test_attacks_nothing_is_lost(tmp):
     common.save(content, tmp / "last.pt/last.pt")
     expect(run("stego", "--resume", tmp / "last.pt"), 0)
     assert mine.read_text() == "my own" and not (tmp / "elsewhere").exists()
-    words = "--smoke --workers 0 --size 48 --eval-size 48 --out", tmp / "both"
+    words = "--smoke --workers 0 --size 48 --eval-size 48 --data", photos(), "--out", tmp / "both"
     runs = [start("stego", *words) for _ in range(2)]
     texts = [process.communicate(timeout=600)[0] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2], texts
