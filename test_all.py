@@ -440,7 +440,8 @@ def test_backbones_dct8():
     assert (change[:3] > 0.1).all() and (change[3:12] < 1e-2).all()  # brightness moves colour alone
 
 def test_backbones_downloads(tmp):
-    with mock.patch.dict(common.ARCHS), mock.patch.object(torch.hub, "get_dir", lambda: tmp):
+    small = mock.patch.dict(common.SIZES, s=(128, 3))
+    with small, mock.patch.dict(common.ARCHS), mock.patch.object(torch.hub, "get_dir", lambda: tmp):
         torch.save(common.load_backbone("vits16", "none").state_dict(), tmp / "whole.pth")
         whole, target = (tmp / "whole.pth").read_bytes(), tmp / "checkpoints/file"
         digest, wrong = hashlib.sha256(whole).hexdigest(), whole[:-1] + b"x"
@@ -1066,9 +1067,10 @@ def test_eval_segments_a_folder(tmp):
     expect(run("eval", done, *one, tmp / "out3", "--names", tmp / "names.txt"), 0)
     assert "0\tu\t" in (tmp / "out3/legend.txt").read_text()
 
+@mock.patch.dict(common.SIZES, s=(192, 2))
 def test_eval_official_checkpoints(tmp):
     """Files in the authors' layouts, random values: their formula; those of another method are refused."""
-    D, K, C = 384, 16, 6
+    D, K, C = 192, 16, 6
 
     def conv(rows, columns):
         return {"weight": torch.randn(rows, columns, 1, 1), "bias": torch.randn(rows)}
