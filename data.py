@@ -525,6 +525,9 @@ def folder(root, split, seed):
     if skipped and split != "val":  # train and val skip the same files
         kinds = " ".join(sorted({os.path.splitext(path)[1] for path in skipped}))
         common.say(f"skipped as unreadable: {len(skipped)} (among {kinds}), first {min(skipped)}")
+    given = list(filter(None, pairs.values()))
+    if len(given) > len(set(given)) and split != "val":
+        common.say("note: photos of one name share a label, as " + max(given, key=given.count))
     if (root / "classes.txt").is_file() and any(pairs.values()):
         names = read_lines(root / "classes.txt")
     else:

@@ -664,6 +664,10 @@ def test_data_folder(tmp, told):
     assert data.load(str(root), seed=3).paths == train  # labels leave the train split alone
     labelled = data.load("/old/place", root, "val", size=30, protocol="squash")  # moved
     assert labelled.classes == 3 and labelled[0]["label"].unique().tolist() == [0, 1, 2]
+    put(root / "twin/black.png", photo)
+    data.load(str(root), split="all")
+    assert "share a label, as" in told.getvalue()
+    shutil.rmtree(root / "twin")
     put(root / "classes.txt", "left\n\nright\n\n")
     assert data.load(str(root), split="all").names == ["left", "class 1", "right"]
     put(root / "classes.txt", "left")
