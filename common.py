@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+CELLS = 160  # random ones of an image's feature map, on which clusters are fitted
 DATA = ("scenes camvid coco27 coco15 coco3 coco81 coco171 cityscapes27 cityscapes19 potsdam3 "
         "potsdam6 voc21").split()
 
@@ -152,9 +153,8 @@ def parse(arguments, presets, argv=None):
         raise ValueError(f"--data {args.data} takes no --root")
     if args.json and not args.bench:
         raise ValueError("--json is where --bench N writes")
-    args.root = args.root and os.path.abspath(args.root)  # a run may be resumed from elsewhere
     if folder:
-        args.data = os.path.abspath(args.data)
+        args.data = os.path.abspath(args.data)  # a run may be resumed from elsewhere
     elif vars(args).get("remove_position", False) is None:
         args.remove_position = False
     vit = NAME.fullmatch(args.arch)  # a network that is trained takes any size
@@ -365,7 +365,8 @@ class Run:
         if args.out and not args.resume and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"--out {args.out} already holds a run or other files; take a new "
                              f"folder, or go on with --resume {args.out}")
-        if (args.clusters or 0) > 160 * len(images):  # what K-means takes of an image
+        args.root = args.root and os.path.abspath(args.root)  # typed with --resume, too
+        if (args.clusters or 0) > CELLS * len(images):
             raise ValueError(f"--clusters {args.clusters} are too many for {len(images)} images")
         if args.workers is None:
             cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

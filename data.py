@@ -176,10 +176,10 @@ class Images(torch.utils.data.Dataset):
     def decode(self, i, label, changed):
         if not label:
             return read_image(self.photos[i])
-        classes = self.table[read_ids(self.labels[i])]
-        if classes.min() < -1:
+        ids = read_ids(self.labels[i])
+        if (self.table < -1)[ids].any():
             raise ValueError("an id beyond classes.txt that is not 255")
-        return Image.fromarray((classes + 1).astype(np.uint8))
+        return Image.fromarray((self.table + 1).astype(np.uint8)[ids])
 
     def read(self, i, label=False):
         """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
@@ -528,11 +528,11 @@ def folder(root, split, seed):
     given = list(filter(None, pairs.values()))
     if len(given) > len(set(given)) and split != "val":
         common.say("note: photos of one name share a label, as " + max(given, key=given.count))
-    if (root / "classes.txt").is_file() and any(pairs.values()):
+    if (root / "classes.txt").is_file() and given:
         names = read_lines(root / "classes.txt")
     else:
         count = 0
-        for path in filter(None, pairs.values()):
+        for path in given:
             ids, why = attempt(read_ids, path)
             if why:
                 raise ValueError(f"label {path} cannot be read: {why}")

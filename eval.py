@@ -398,9 +398,9 @@ def sample_points(encoder, dataset, device, points, images, seed=0, workers=0):
 def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=0):
     """K-means with each of these numbers of centres on an encoder's features of a data set.
     -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
-    features (n,D) of at most 160 cells an image, 2^17 in all, labels (n,) with -1 = none"""
+    features (n,D) of at most CELLS of an image, 2^17 in all, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
-    points = max(1, min(160, 2 ** 17 // images))
+    points = max(1, min(common.CELLS, 2 ** 17 // images))
     features, labels = sample_points(encoder, dataset, device, points, images, seed, workers)
     probes, votes = {}, {}
     for number in numbers:
