@@ -214,6 +214,7 @@ def main(arguments, presets, schedule, train, count):
 # parts of errors that are no mistakes of the code -> what to do
 EXPECTED = {"DataLoader worker|process pool": "a process that reads images died; fewer --workers",
             "equal size": "images of several shapes; --protocol stego or squash makes them equal",
+            "C compiler|triton": "torch.compile has no compiler here; set TORCH_COMPILE_DISABLE=1",
             "out of memory|allocate|MemoryError": "the memory is full; take smaller sizes"}
 
 

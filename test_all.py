@@ -1253,6 +1253,15 @@ def test_hp_fast_loss_equals_the_plain_one():
         gradients_close(fast, plain, (z, z_mix), 1e-5)
         assert density or plain == 0  # no anchor has a positive
 
+def test_hp_passes_compile_to_one_graph_each():  # as on CUDA, with two kinds of blocks
+    whole, example = partial(torch.compile, backend="eager", fullgraph=True), hp_example(2, 600, 8)
+    compiled = {name: whole(getattr(hp, name)) for name in ("first_pass", "second_pass")}
+    for lam in (0.0, 0.3, 0.7):
+        plain = hp_fast(*example, lam, 0.5, True)
+        with mock.patch.multiple(hp, **compiled):
+            assert hp_fast(*example, lam, 0.5, True) == plain
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
 def test_hp_local_mix():
     torch.manual_seed(0)
     code = torch.randn(1, 2, 3, 4, requires_grad=True)
@@ -1284,8 +1293,8 @@ def test_hp_naive_loss_equals_the_whole_matrix():
     logit = torch.cat([z, view]) @ torch.cat([z, view]).T / 0.5
     logit = logit.masked_fill(torch.eye(12, dtype=torch.bool), -math.inf)
     expected = 0.5 / 0.07 * F.cross_entropy(logit, (torch.arange(12) + 6) % 12)
-    close(hp.naive_loss(z, view, 0.5), expected, 1e-5)
-    gradients_close(hp.naive_loss(z, view, 0.5), expected, view, 1e-5)
+    close(hp.naive_loss(z, view, 3, 0.5), expected, 1e-5)
+    gradients_close(hp.naive_loss(z, view, 3, 0.5), expected, view, 1e-5)
 
 
 # ---------------------------------------------------------------- cause
@@ -2258,10 +2267,10 @@ def test_cuda_segments_as_a_cpu_does():
 @needs_gpu
 def test_cuda_losses_and_gradients():
     torch.manual_seed(0)
-    z, f = (F.normalize(torch.randn(256, width), dim=1) for width in (32, 8))
-    positives, negatives = hp.hidden_positives(f, f[:20])[0], torch.rand(64, 256) < 0.1
+    z, f = (F.normalize(torch.randn(66 * 64, width), dim=1) for width in (32, 8))  # two blocks
+    positives, negatives = hp.hidden_positives(f, f[:20])[0], torch.rand(64, len(f)) < 0.1
     for loss, *inputs in (
-            (lambda z, p, n: hp.contrastive_loss(z, z, p, p, n, 0.5, 0.6), z, positives, negatives),
+            (lambda z, p, n: hp_fast(z, z, p, p, n, 0.5, 0.6, True), z, positives, negatives),
             (lambda book, x: cause.modularity_loss(x, book), torch.randn(12, 16), torch.randn(2, 49, 16))):
         found = []
         for device in ("cpu", "cuda"):
