@@ -131,7 +131,7 @@ class TRHead(nn.Module):
 
 def load_published_head(state_dict, head):
     """Fill our head from the authors' file: `head.f1.weight (K,D,1,1)`, `head.tr.self_attn...`.
-    ValueError: names the first parameter that is missing or has another shape."""
+    ValueError: names parameters that are missing or have another shape."""
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
     prefix = next((p for p in ("head_ema.", "head.") if any(k.startswith(p) for k in state)), "")
     found = {}
@@ -142,12 +142,11 @@ def load_published_head(state_dict, head):
                 name = "out." + name
             name = name.replace("multihead_attn", "cross_attn")
             found[name] = value.flatten(1) if value.dim() == 4 else value
-    for name, own in head.state_dict().items():
-        shape = tuple(found[name].shape) if name in found else "missing"
-        if shape != tuple(own.shape):
-            raise ValueError(f"the published head does not fit: {name} should be "
-                             f"{tuple(own.shape)}, is {shape}")
-    head.load_state_dict({name: found[name] for name in head.state_dict()})
+    try:
+        head.load_state_dict({name: found[name] for name in head.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"the published head does not fit: {why}") from None
     return head
 
 
