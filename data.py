@@ -22,8 +22,8 @@ PROTOCOLS says how an image becomes H x W. Scores of different protocols do not 
 central square of a Cityscapes frame is half of it.
 
 A worker needs 3.5 ms for an item of 224 pixels (JPEG, 640 x 480), 1.7 as one of five crops in
-order, 12 with HP's second view. A batch of 16 has 16 MB, of pairs or views 26. Calls of torch in a
-step, the backbone's left out: STEGO 780, HP 620 (8 images), CAUSE 410, TR 850, ViCE 350 (4 images).
+order, 12 with HP's second view. A batch of 16 has 16 MB, of pairs or views 26. Beside the backbone
+a step is 780 calls of torch for STEGO, 620 for HP (8 images), 410 for CAUSE, 850 with TR.
 """
 import math
 import os
