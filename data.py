@@ -50,14 +50,13 @@ from tqdm.contrib.concurrent import thread_map  # Pillow frees the GIL
 import common
 from common import MEAN, STD
 
-NEAREST, BILINEAR, BICUBIC = map(Image.Resampling, (0, 2, 3))
 PROTOCOLS = {  # how images are resampled; labels always NEAREST
-    "stego": NEAREST,  # shorter side = size, then the central size x size (STEGO, HP, CAUSE)
-    "picie": BILINEAR,  # the same; COCO trains on the curated list `_7` (IIC, PiCIE)
-    "squash": NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
-    "whole": BILINEAR,  # shorter side = size, nothing cut, sides rounded to 16, 14 or 8
-    "native": BILINEAR,  # not rounded, labels as they are, COCO trains on `_7` (ViCE's scores)
-    "square": BICUBIC}  # the central square, and `_7`; val is native (ViCE)
+    "stego": Image.NEAREST,  # shorter side = size, then the central size x size (STEGO, HP, CAUSE)
+    "picie": Image.BILINEAR,  # the same; COCO trains on the curated list `_7` (IIC, PiCIE)
+    "squash": Image.NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
+    "whole": Image.BILINEAR,  # shorter side = size, nothing cut, sides rounded to 16, 14 or 8
+    "native": Image.BILINEAR,  # not rounded, labels untouched, COCO trains on `_7` (ViCE's scores)
+    "square": Image.BICUBIC}  # the central square, and `_7`; val is native (ViCE)
 CROPS = {5: (0.5,), 10: (0.5,), 20: (0.5, 0.8), 50: (0.3, 0.4, 0.5, 0.6, 0.7)}  # sides, as a share
 FORMATS = "JPEG PNG BMP GIF TIFF WEBP PPM JPEG2000 AVIF".split()  # not EPS: it starts Ghostscript
 SUFFIXES = set(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
@@ -110,20 +109,21 @@ def read_ids(source):
     return np.where((ids >= 0) & (ids < 256), ids, 255).astype(np.uint8)
 
 
-def fit(image, size, protocol, how):
-    """PIL image -> PIL image of the protocol's size (docstring of this file), resampled `how`."""
-    w, h = image.size
+def fit(image, size, protocol, label=False):
+    """PIL image -> uint8 (H,W,3), or a label (H,W), of the protocol's size (see PROTOCOLS)."""
+    (w, h), how = image.size, Image.NEAREST if label else PROTOCOLS[protocol]
     if protocol == "squash":
-        return image.resize((size, size), how)
-    if protocol == "square":
-        return ImageOps.fit(image, (size, size), how)
-    if protocol in ("whole", "native"):  # 3 x 5000 must not become 224 x 373,333
+        image = image.resize((size, size), how)
+    elif protocol == "square":
+        image = ImageOps.fit(image, (size, size), how)
+    elif protocol in ("stego", "picie"):
+        x, y = max(0, w // 2 - 8 * h), max(0, h // 2 - 8 * w)  # ends that would be cut off
+        image = center_crop(resize(image.crop((x, y, w - x, h - y)), size, how), size)
+    elif protocol == "whole" or not label:  # 3 x 5000 must not become 224 x 373,333
         scale = min(size / min(w, h), 4 * size / max(w, h))
         to = next(n for n in (16, 14, 8, 1) if size % n == 0) if protocol == "whole" else 1
-        return image.resize([max(to, round(side * scale / to) * to) for side in (w, h)], how)
-    x, y = max(0, w // 2 - 8 * h), max(0, h // 2 - 8 * w)  # as above; its ends would be cut off
-    image = image.crop((x, y, w - x, h - y))
-    return center_crop(resize(image, size, how), size)
+        image = image.resize([max(to, round(side * scale / to) * to) for side in (w, h)], how)
+    return torch.from_numpy(np.array(image))
 
 
 def crop_boxes(h, w, crops):
@@ -151,84 +151,6 @@ def attempt(function, *args):
         return None, describe(error)
 
 
-class Images(torch.utils.data.Dataset):
-    """One split of a data set. Item crops*i + c is crop c of image i. Nothing in here is random.
-
-    name, split, names (of the classes; [] without labels), classes, palette (C,3) uint8, paths (one
-    per image), skipped [(path, reason)]. An unreadable label is an `error` outside "train" only:
-    what training sees must not depend on labels."""
-    read_images = True  # False: empty images, for cached features
-    unreadable = ()  # items that then count as such
-
-    def __init__(self, name, split, data, paths, labels, photos, size, crops, protocol, root,
-                 skipped):
-        self.name, self.split, self.root, self.skipped = name, split, str(root or ""), skipped
-        self.names, self.palette, self.table = list(data.names), data.palette, data.table
-        self.paths, self.labels, self.classes = paths, labels, len(self.names)
-        self.photos = paths if photos is None else photos  # paths or pixels, as are the labels
-        self.size, self.crops, self.protocol = size, crops, protocol
-
-    def __len__(self):
-        return len(self.paths) * (self.crops or 1)
-
-    def files(self):
-        """-> "path bytes" of every image: a run tells by them whether the images are the same."""
-        sizes = (os.stat(path).st_size if os.path.exists(path) else 0 for path in self.paths)
-        return [f"{os.path.relpath(path, self.root)} {n}" for path, n in zip(self.paths, sizes)]
-
-    @lru_cache(maxsize=2)  # the crops of a photo, and of its label, share one
-    def decode(self, i, label, changed):
-        if not label:
-            return read_image(self.photos[i])
-        ids = read_ids(self.labels[i])
-        if (self.table < -1)[ids].any():
-            raise ValueError("an id beyond classes.txt that is not 255")
-        return Image.fromarray((self.table + 1).astype(np.uint8)[ids])
-
-    def read(self, i, label=False):
-        """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
-        i, c = divmod(i, self.crops or 1)
-        source = (self.labels if label else self.photos)[i]
-        if source is None:
-            return None
-        changed = os.path.getmtime(source) if isinstance(source, str) else 0
-        image = self.decode(i, label, changed)
-        if self.crops:
-            top, left, h, w, mirrored = crop_boxes(image.height, image.width, self.crops)[c]
-            image = image.crop((left, top, left + w, top + h))
-            image = ImageOps.mirror(image) if mirrored else image
-        return image
-
-    def fit(self, image, label=False):
-        if not (label and self.protocol == "native"):
-            how = NEAREST if label else PROTOCOLS[self.protocol]
-            image = fit(image, self.size, self.protocol, how)
-        return torch.from_numpy(np.array(image))
-
-    def picture(self, i):
-        """-> item i as it looks, uint8 (3,H,W) RGB."""
-        return self.fit(self.read(i)).permute(2, 0, 1)
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
-        image, error = None, "unreadable when features were cached" * (i in self.unreadable)
-        if self.read_images:
-            image, error = attempt(self.read, i)
-        label, wrong = (None, "") if error else attempt(self.read, i, True)
-        if label and image and label.size != image.size:
-            label, wrong = None, f"{label.size} pixels, the image has {image.size}"
-        if wrong and self.split != "train":
-            error = f"label: {wrong}"
-        if image:
-            image = (self.fit(image).permute(2, 0, 1) / 255 - MEAN) / STD
-        else:
-            image = torch.zeros(3 * self.read_images, self.size, self.size)
-        label = self.fit(label, True).long() - 1 if label else torch.full(image.shape[1:], -1)
-        return {"image": image, "label": label, "index": i, "error": error,
-                "path": self.paths[i // (self.crops or 1)]}
-
-
 # ---------------------------------------------------------------- scenes
 @lru_cache(maxsize=4)
 def scenes(seed, split, count, size):
@@ -249,13 +171,11 @@ def draw_scene(rng, s):
         return f(low) + f(high - low) * f(rng.random(shape or None, dtype=f))
 
     def noise(height, width):  # (s,s) in [-1,1], grains of that many pixels
-        ny, nx = math.ceil(s / height) + 1, math.ceil(s / width) + 1
-        grid = np.frombuffer(rng.bytes(ny * nx), np.uint8).reshape(ny, nx)
-        grid = grid.astype(f) / f(127.5) - f(1)
+        shape = math.ceil(s / height) + 1, math.ceil(s / width) + 1
+        grid = rng.integers(256, size=shape, dtype=np.uint8).astype(f) / 127.5 - 1
         for grain in (height, width):  # linear in y, then in x
             at = np.arange(s, dtype=f) / f(grain)
-            low = at.astype(int)
-            t = (at - low).astype(f)[:, None]
+            low, t = at.astype(int), (at % 1)[:, None]
             grid = (grid[low] * (1 - t) + grid[low + 1] * t).T
         return grid
 
@@ -270,40 +190,40 @@ def draw_scene(rng, s):
         centre = u(0.2, 0.8) + (u(0.2, 0.8) - u(0.3, 0.7)) * depth
         side = abs(x - centre) / (u(0.01, 0.05) + u(0.25, 0.5) * depth.clip(0, 1))
         label[ground & (side < 1)] = 3
-    texture = noise(s / 4, s / 3) * f(7)  # clouds, then one texture per class
+    texture = noise(s / 4, s / 3) * 7  # clouds, then one texture per class
     for k, height, width, strength in ((1, 3, 1.5, 26), (2, 1.5, 10, 20), (3, 1, 1, 11)):
-        np.copyto(texture, noise(height, width) * f(strength), where=label == k)
+        np.copyto(texture, noise(height, width) * strength, where=label == k)
     base = rgb("87b4e1 698c46 557d9b 737170 000000 416437")
     base = base * u(0.9, 1.1, 6, 1) * u(0.92, 1.08, 6, 3)
     image = base[label] + texture[:, :, None]
     if street and u() < 0.7:  # lane marking
-        image[(label == 3) & (side < 0.05) & (y * f(12) % 1 < 0.6)] = 215
-    for _ in range(int(u(2, 5)) if street else int(u(0, 2.5))):  # buildings and rows of windows
+        image[(label == 3) & (side < 0.05) & (y * 12 % 1 < 0.6)] = 215
+    for _ in range(int(u(2, 5) if street else u(0, 2.5))):  # buildings and rows of windows
         left, width = u(-0.1, 0.9), u(0.15, 0.4)
         foot, height = horizon[0, s // 2] + u(0, 0.12), u(0.2, 0.45)
         box = (x >= left) & (x < left + width) & (y < foot) & (y >= foot - height)
         step = u(5, 9) / f(96)
         window = (x - left) / step % 1 < 0.5
         window = window & ((foot - y) / (step * u(1, 1.5)) % 1 < 0.55)
-        facade, glass = u(70, 170, 3) * f(0.5) + u(90, 170), u(20, 90, 3)
-        facade = facade * f(0.7) + noise(2, 2)[..., None] * f(5)
+        facade, glass = u(70, 170, 3) * 0.5 + u(90, 170), u(20, 90, 3)
+        facade = facade * 0.7 + noise(2, 2)[..., None] * 5
         label[box] = 4
         image[box] = np.where(window[..., None], glass, facade)[box]
-    leaves = noise(3, 3) * f(30) + noise(1, 1) * f(16)
+    leaves = noise(3, 3) * 30 + noise(1, 1) * 16
     for _ in range(int(u(1, 5))):  # trees: trunk and ragged crown
         cx, foot, r = u(0, 1), horizon[0, s // 2] + u(0.02, 0.25), u(0.07, 0.17)
-        cy, ragged = foot - r * f(1.4), 1 + f(0.35) * noise(s / 16, s / 16)
+        cy, ragged = foot - r * f(1.4), 1 + 0.35 * noise(s / 16, s / 16)
         crown = (x - cx) * (x - cx) + (y - cy) * (y - cy) < r * r * ragged
         trunk = (abs(x - cx) < r * f(0.12)) & (y >= cy) & (y < foot)
         label[crown | trunk] = 5
-        image[trunk] = base[5] * f(0.7) + f(20)
+        image[trunk] = base[5] * 0.7 + 20
         image[crown] = (base[5] * u(0.8, 1.2) + leaves[..., None])[crown]
-    haze = u(0, 0.4) * (1 - abs(y - horizon) * f(2.5)).clip(0, 1)[..., None]
-    image = (image * (1 - haze) + f(190) * haze) * u(0.65, 1.35, 3)  # light and colour cast
+    haze = u(0, 0.4) * (1 - abs(y - horizon) * 2.5).clip(0, 1)[..., None]
+    image = (image * (1 - haze) + 190 * haze) * u(0.65, 1.35, 3)  # light and colour cast
     if u() < 0.6:  # blur, 3 x 3
         pad = np.pad(image, ((1, 1), (1, 1), (0, 0)), "edge")
         rows = pad[:-2] + pad[1:-1] + pad[2:]
-        image = image + u() * ((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / f(9) - image)
+        image = image + u() * ((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9 - image)
     image = image + noise(1, 1)[..., None] * u(0, 8)
     return image.clip(0, 255).astype(np.uint8), label
 
@@ -340,7 +260,6 @@ COCO27_NAMES = """electronic appliance food furniture indoor kitchen accessory a
     sports vehicle ceiling floor food-stuff furniture-stuff raw-material textile wall window
     building ground plant sky solid structural water""".split()
 COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
-COCO3 = table_of([23, 22, 21])[COCO27]
 COCO_NAMES = SSD300_VGG16_Weights.COCO_V1.meta["categories"][1:]  # ids 0 to 89
 THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # the others never occur
 THING_NAMES = [COCO_NAMES[i] for i in THINGS]
@@ -419,8 +338,8 @@ SETS = {
                   ("picie", "picie")),
     "coco27": Set(COCO, COCO27_NAMES, colours(27), COCO27, lists=(FULL, CURATED)),
     "coco15": Set(COCO, COCO27_NAMES[12:], colours(15, 13), COCO15, lists=(CURATED, CURATED)),
-    "coco3": Set(COCO, ["sky", "plant", "ground"], colours(27)[[23, 22, 21]], COCO3,
-                 lists=(FEW, FEW)),
+    "coco3": Set(COCO, ["sky", "plant", "ground"], colours(27)[[23, 22, 21]],
+                 table_of([23, 22, 21])[COCO27], lists=(FEW, FEW)),
     "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
     "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
     "cityscapes27": Set(CITYSCAPES, [c.name for c in CITY27], np.uint8([c.color for c in CITY27]),
@@ -532,16 +451,13 @@ def folder(root, split, seed):
     given = list(filter(None, pairs.values()))
     if len(given) > len(set(given)) and split != "val":
         common.say("note: photos of one name share a label, as " + max(given, key=given.count))
-    if (root / "classes.txt").is_file() and given:
-        names = read_lines(root / "classes.txt")
-    else:
-        count = 0
-        for path in given:
-            ids, why = attempt(read_ids, path)
-            if why:
-                raise ValueError(f"label {path} cannot be read: {why}")
-            count = max(count, int((ids + 1).max()))  # bytes: 255 + 1 is 0
-        names = [""] * count
+    named = (root / "classes.txt").is_file()
+    names = read_lines(root / "classes.txt") if named and given else []
+    for path in () if named else given:
+        ids, why = attempt(read_ids, path)
+        if why:
+            raise ValueError(f"label {path} cannot be read: {why}")
+        names += [""] * (int((ids + 1).max()) - len(names))  # bytes: 255 + 1 is 0
     names = [name or f"class {k}" for k, name in enumerate(names)]
     chosen = choose(root, pairs, skipped, split, seed)
     return chosen, [pairs[path] for path in chosen], names, list(skipped.items())
@@ -568,58 +484,125 @@ def choose(root, pairs, skipped, split, seed):
 
 
 # ---------------------------------------------------------------- a data set by its name
-def lists_of(data, split, protocol):
-    """Names of a split's lists; some protocols train on the curated part of COCO."""
+def published(data, split, protocol):
+    """Names of a split's lists, its published number of images (0: unknown). Some protocols train
+    on the curated part of COCO."""
     lists = data.lists[split != "train"]
-    few = split == "train" and protocol in ("picie", "native", "square")
-    return CURATED if few and lists == FULL else lists
-
-
-def published(name, split="train", protocol=None):
-    """Published number of images of a split, 0 where unknown."""
-    data = SETS.get(name, FOLDER)
-    return COUNTS.get(lists_of(data, split, protocol), data.counts)[split != "train"]
+    if split == "train" and lists == FULL and protocol in ("picie", "native", "square"):
+        lists = CURATED
+    return lists, COUNTS.get(lists, data.counts)[split != "train"]
 
 
 def count(args):
     """A method's options -> published number of items to train on, crops counted, or 0."""
     crops = getattr(args, "crops", None) or (5 if getattr(args, "five_crop", False) else 1)
-    return published(args.data, "train", args.protocol) * crops
+    return published(SETS.get(args.data, FOLDER), "train", args.protocol)[1] * crops
 
 
-def load(name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
-    """-> Images. ValueError or FileNotFoundError, in one line, where that fails.
+class Images(torch.utils.data.Dataset):
+    """One split of a data set. ValueError or FileNotFoundError, in one line, where there is none.
+    Item crops*i + c is crop c of image i. Nothing in here is random.
 
-    name: a data set, or a directory of images. crops: per image, cut on the fly, a key of
-    CROPS. protocol: None, the set's own. seed: of scenes and of a folder's split."""
-    data = SETS.get(name, FOLDER)
-    for what, value, known in (("splits", split, data.splits), ("crops", crops, (None, *CROPS)),
-                               ("protocols", protocol, (None, *PROTOCOLS))):
-        if value not in known:
-            raise ValueError(f"{name} has the {what} {', '.join(map(str, known))}, not {value}")
-    protocol = protocol or data.protocols[split != "train"]
-    if protocol == "square" and split != "train":
-        protocol = "native"
-    photos, skipped = None, ()
-    if name == "scenes":
-        photos, labels = scenes(seed, split, published(name, split), size)
-        paths = [f"scenes/{split}/{seed}/{size}/{i}" for i in range(len(labels))]
-    elif name not in SETS:
-        root = Path(root if root and os.path.isabs(name) else name)  # it was moved
-        name = root.resolve().name
-        paths, labels, names, skipped = folder(root, split, seed)
-        table = table_of(range(len(names)))
-        table[len(names):255] = -2  # an error of the label
-        data = Set(None, names, colours(len(names)), table)
-    elif root is None:
-        raise ValueError(f"{name} needs --root DIR, the directory that holds it")
-    else:
-        paths, labels = find(data.layout, Path(root), split, lists_of(data, split, protocol))
-        if split != "train" and None in labels:
-            common.say(f"{name} {split}: {labels.count(None):,} images have no label file")
-    if not paths:
-        raise FileNotFoundError(f"no image of split {split} in {root} or below")
-    return Images(name, split, data, paths, labels, photos, size, crops, protocol, root, skipped)
+    name: a data set, or a directory of images. crops: per image, cut on the fly, a key of CROPS.
+    protocol: None, the set's own. seed: of scenes and of a folder's split. Then names (of the
+    classes; [] without labels), classes, palette (C,3) uint8, paths (one per image), skipped
+    [(path, reason)]. An unreadable label is an `error` outside "train" only: what training sees
+    must not depend on labels."""
+    read_images = True  # False: empty images, for cached features
+    unreadable = ()  # items that then count as such
+
+    def __init__(self, name, root=None, split="train", size=224, crops=None, protocol=None, seed=0):
+        data = SETS.get(name, FOLDER)
+        for what, value, known in (("splits", split, data.splits), ("crops", crops, (None, *CROPS)),
+                                   ("protocols", protocol, (None, *PROTOCOLS))):
+            if value not in known:
+                raise ValueError(f"{name} has the {what} {', '.join(map(str, known))}, not {value}")
+        protocol = protocol or data.protocols[split != "train"]
+        if protocol == "square" and split != "train":
+            protocol = "native"
+        self.split, self.size, self.crops, self.protocol = split, size, crops, protocol
+        lists, self.published = published(data, split, protocol)
+        photos, self.skipped = None, ()
+        if name == "scenes":
+            photos, self.labels = scenes(seed, split, self.published, size)
+            self.paths = [f"scenes/{split}/{seed}/{size}/{i}" for i in range(self.published)]
+        elif name not in SETS:
+            root = Path(root if root and os.path.isabs(name) else name)  # it was moved
+            name = root.resolve().name
+            self.paths, self.labels, names, self.skipped = folder(root, split, seed)
+            table = table_of(range(len(names)))
+            table[len(names):255] = -2  # an error of the label
+            data = Set(None, names, colours(len(names)), table)
+        elif root is None:
+            raise ValueError(f"{name} needs --root DIR, the directory that holds it")
+        else:
+            self.paths, self.labels = find(data.layout, Path(root), split, lists)
+            if split != "train" and None in self.labels:
+                common.say(f"{name} {split}: {self.labels.count(None):,} images have no label file")
+        if not self.paths:
+            raise FileNotFoundError(f"no image of split {split} in {root} or below")
+        self.photos = self.paths if photos is None else photos  # paths or pixels, as are the labels
+        self.name, self.root, self.names = name, str(root or ""), list(data.names)
+        self.palette, self.table, self.classes = data.palette, data.table, len(data.names)
+
+    def __len__(self):
+        return len(self.paths) * (self.crops or 1)
+
+    def files(self):
+        """-> "path bytes" of every image: a run tells by them whether the images are the same."""
+        sizes = (os.stat(path).st_size if os.path.exists(path) else 0 for path in self.paths)
+        return [f"{os.path.relpath(path, self.root)} {n}" for path, n in zip(self.paths, sizes)]
+
+    @lru_cache(maxsize=2)  # the crops of a photo, and of its label, share one
+    def decode(self, i, label, changed):
+        if not label:
+            return read_image(self.photos[i])
+        ids = read_ids(self.labels[i])
+        if (self.table < -1)[ids].any():
+            raise ValueError("an id beyond classes.txt that is not 255")
+        return Image.fromarray((self.table + 1).astype(np.uint8)[ids])
+
+    def read(self, i, label=False):
+        """-> PIL image of item i before resizing; label: of its classes + 1, or None."""
+        i, c = divmod(i, self.crops or 1)
+        source = (self.labels if label else self.photos)[i]
+        if source is None:
+            return None
+        changed = os.path.getmtime(source) if isinstance(source, str) else 0
+        image = self.decode(i, label, changed)
+        if self.crops:
+            top, left, h, w, mirrored = crop_boxes(image.height, image.width, self.crops)[c]
+            image = image.crop((left, top, left + w, top + h))
+            image = ImageOps.mirror(image) if mirrored else image
+        return image
+
+    def picture(self, i):
+        """-> item i as it looks, uint8 (3,H,W) RGB."""
+        return fit(self.read(i), self.size, self.protocol).permute(2, 0, 1)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        image, error = None, "unreadable when features were cached" * (i in self.unreadable)
+        if self.read_images:
+            image, error = attempt(self.read, i)
+        label, wrong = (None, "") if error else attempt(self.read, i, True)
+        if label and image and label.size != image.size:
+            label, wrong = None, f"{label.size} pixels, the image has {image.size}"
+        if wrong and self.split != "train":
+            error = f"label: {wrong}"
+        if image:
+            image = fit(image, self.size, self.protocol).permute(2, 0, 1)
+            image = (image / 255 - MEAN) / STD
+        else:
+            image = torch.zeros(3 * self.read_images, self.size, self.size)
+        label = (fit(label, self.size, self.protocol, True).long() - 1 if label
+                 else torch.full(image.shape[1:], -1))
+        return {"image": image, "label": label, "index": i, "error": error,
+                "path": self.paths[i // (self.crops or 1)]}
+
+
+load = Images  # images = data.load("coco27", root)
 
 
 # ---------------------------------------------------------------- fetching and preparing
@@ -642,8 +625,7 @@ def extract(archive, folder):
             files.add(path)
             above.update(path.parents)
             outside = path.is_absolute() or ".." in path.parts or "\\" in name
-            below = path in above or not files.isdisjoint(path.parents)
-            if outside or below or not plain or room < 0:
+            if outside or files & above or not plain or room < 0:
                 raise ValueError(f"{archive}: {name!r} is a link, outside, below a file or too "
                                  "large; nothing was unpacked")
         content.extraction_filter = tarfile.data_filter
@@ -721,9 +703,8 @@ def check(name, root, split, everything):
         return 1
     print(f"{split}: {len(images):,} images")
     bad = [": ".join(pair) for pair in images.skipped]
-    wanted = published(name, split, images.protocol) or len(images)
-    if wanted != len(images):
-        bad.append(f"{len(images):,} images where {wanted:,} were published")
+    if images.published not in (0, len(images)):
+        bad.append(f"{len(images):,} images where {images.published:,} were published")
     if everything:
         images.split, images.size, images.protocol = "", 240, "squash"  # labels' errors count
         errors = thread_map(lambda i: images[i]["error"], range(len(images)), disable=None)
