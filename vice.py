@@ -196,12 +196,6 @@ def crop(x, box):
     return v2.functional.crop(x, y0, x0, y1 - y0, x1 - x0)
 
 
-def nearest(x, side):
-    """(a,b) -> (side,side), rounded down as OpenCV does."""
-    steps = np.arange(side)
-    return x[steps * x.shape[0] // side][:, steps * x.shape[1] // side]
-
-
 def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
     """-> bool (views,count+1): which of the ids 0, 1, ..., count-1, -1 are noise in a view, and
     (count+1,): which stay common to all.
@@ -223,13 +217,14 @@ def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
 def resize_regions(crops, shared, kept, side):
     """crops [(s,s)], shared (views,4), kept (count+1,) -> (views,side,side), nearest; which of the
     kept ids all views still show in `shared`, (count+1,)."""
-    ids = np.r_[:len(kept) - 1, -1]
-    views = np.stack([nearest(labels, side) for labels in crops])
-    kept = kept & np.isin(ids, views[0])  # in view 0 anywhere will do, as published
-    for view, labels, (x0, y0, x1, y1) in zip(views[1:], crops[1:], shared[1:] * side):
+    ids, steps, views = np.r_[:len(kept) - 1, -1], np.arange(side), []
+    for labels, (x0, y0, x1, y1) in zip(crops, shared * side):
         a, b = labels.shape
-        kept &= np.isin(ids, view[y0 // a:y1 // a, x0 // b:x1 // b])
-    return views, kept
+        view = labels[steps * a // side][:, steps * b // side]  # rounded down as OpenCV does
+        part = view[y0 // a:y1 // a, x0 // b:x1 // b] if views else view  # all of 0, as published
+        kept = kept & np.isin(ids, part)
+        views.append(view)
+    return np.stack(views), kept
 
 
 def make_views(picture, regions, rng, args):
@@ -313,9 +308,8 @@ class DeepLab(nn.Module):
 
 class Network(nn.Module):
     """Images (B,3,H,W) -> raw embeddings (B,K,H/4,W/4): a ResNet at stride 8, then a decoder.
-    resnet: one of torchvision's, of which it keeps the first `depth` of the four stages. Strides of
-    the last two become dilations, also in their first 3x3, where torchvision's option halves them.
-    """
+    resnet: torchvision's, of whose four stages it keeps the first `depth`. The last two's strides
+    become dilations, also in their first 3x3, where torchvision's option halves them."""
     def __init__(self, resnet, decoder, K, depth=None):
         super().__init__()
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -551,8 +545,7 @@ def train(args):
     pixels = max(args.probe_pixels, 10 * args.clusters // len(whole))  # of few images, more of each
     points, _ = eval.sample_points(model, whole, run.device, pixels, args.probe_images, args.seed,
                                    args.workers)
-    centres = eval.kmeans(points, args.clusters, seed=args.seed)
-    model.cluster.clusters.data.copy_(centres)
+    model.cluster.clusters.data.copy_(eval.kmeans(points, args.clusters, seed=args.seed))
     rows = {}
     if val.classes:
         for m in (model, untrained):
@@ -593,8 +586,7 @@ def fit_linear(model, images, filters, args):
 
 
 def whole_images(model, images, args):
-    """Embeddings (B,K,H,W), labels (B,H,W) of random images, flipped, with photometric distortion:
-    the published recipe."""
+    """Embeddings (B,K,H,W), labels (B,H,W) of random images, distorted and flipped as published."""
     device = model.prototypes.device
     mean, std = common.MEAN.to(device), common.STD.to(device)
     changes = dict(brightness=0.125), dict(contrast=0.5), dict(saturation=0.5), dict(hue=0.1)
@@ -650,8 +642,7 @@ def embed_regions_folded(maps, regions, count):
 def distort(x, strength, blur, draw):
     """SimCLR's colour distortion, then blur: views (n,3,H,W) in [0,1], draw (n,11) uniform numbers.
     Equals torchvision's ColorJitter, RandomGrayscale and GaussianBlur on view after view, in 70
-    calls instead of 48,600 for 160 views; but for one order of the four changes, the first row's.
-    """
+    calls instead of 48,600 for 160 views; but the four changes have one order, the first row's."""
     jitter = 0.8 * strength * (draw[:, :1] < 0.8) * (2 * draw[:, 1:5] - 1)  # 0: as it is
     light, contrast, saturation, hue = jitter.T[..., None, None, None]  # (n,1,1,1) each
     changes = (lambda x: x * (1 + light),
