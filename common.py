@@ -308,16 +308,6 @@ def broadcast(module):
         dist.broadcast(x, 0)
 
 
-def average_gradients(module):
-    """From now on every backward() leaves the mean of a module's gradients over all processes."""
-    def mean(p):
-        dist.all_reduce(p.grad)
-        p.grad /= world()
-    for p in module.parameters() if world() > 1 and isinstance(module, nn.Module) else ():
-        if p.requires_grad and not hasattr(p, "averaged"):
-            p.averaged = p.register_post_accumulate_grad_hook(mean)
-
-
 # ---------------------------------------------------------------- a run
 @functools.lru_cache(1)
 def shuffled(n, seed):
@@ -394,10 +384,16 @@ class Run:
         return drawn[self.rank * rows:(self.rank + 1) * rows]
 
     def keep(self, **state):
-        """What checkpoints hold from now on and --resume restores: modules, optimisers, tensors."""
+        """What checkpoints hold from now on and --resume restores: modules, optimisers, tensors.
+        Every backward() leaves the mean of the modules' gradients over all processes."""
+        def average(p):
+            dist.all_reduce(p.grad)
+            p.grad /= self.world
         self.kept = state
-        for x in state.values():
-            average_gradients(x)
+        modules = nn.ModuleList(x for x in state.values() if isinstance(x, nn.Module))
+        for p in modules.parameters() if self.world > 1 else ():
+            if p.requires_grad and not hasattr(p, "averaged"):
+                p.averaged = p.register_post_accumulate_grad_hook(average)
 
     def features(self, backbone, dataset):
         """-> function batch -> (B,D,h,w), the frozen features: see `Features`."""
