@@ -484,8 +484,7 @@ class Run:
         log.jsonl. FloatingPointError before a step that is not finite. The one wait in a step."""
         values = torch.stack([torch.as_tensor(x, device=self.device).detach().float()
                               for x in terms.values()])
-        if self.world > 1:  # and all stop at the same step
-            dist.all_reduce(values)
+        values = reduce_sum(values)  # and all stop at the same step
         terms = dict(zip(terms, (values / self.world).tolist()))
         if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
             self.save()  # the weights are those of the last good step
