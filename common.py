@@ -678,20 +678,6 @@ def trained(x):
             if not str(k).startswith("backbone.") or k == "backbone.place"}
 
 
-def check_fit(saved, wanted):
-    """ValueError unless tensors {name: tensor} from a file can stand for those of a model."""
-    for k in [*wanted, *saved]:
-        x, own = saved.get(k), wanted.get(k)
-        if x is None or own is None:
-            raise ValueError(f"no {k}" if x is None else f"unknown {k}")
-        size, right = ("x".join(map(str, t.shape)) for t in (x, own))
-        if size != right:
-            raise ValueError(f"{k} is {size} instead of {right}")
-        kinds = {(t.layout, t.is_floating_point()) for t in (x, own)}
-        if len(kinds) > 1 or not x.isfinite().all():
-            raise ValueError(f"{k} does not hold finite numbers")
-
-
 @torch.no_grad()
 def load_trained(x, saved):
     """Inverse of `trained`, for a module, a tensor or an optimiser. An Exception where they do not
@@ -703,9 +689,17 @@ def load_trained(x, saved):
                 raise ValueError("its moments have not the shapes of its parameters")
         return
     own, saved = ({"it": x}, {"it": saved}) if torch.is_tensor(x) else (trained(x), saved)
-    check_fit(saved, own)
-    for key, tensor in own.items():
-        tensor.copy_(saved[key])
+    for k in [*own, *saved]:
+        if k not in own or saved.get(k) is None:
+            raise ValueError(f"no {k}" if k in own else f"unknown {k}")
+        size, right = ("x".join(map(str, t.shape)) for t in (saved[k], own[k]))
+        if size != right:
+            raise ValueError(f"{k} is {size} instead of {right}")
+        kinds = {(t.layout, t.is_floating_point()) for t in (saved[k], own[k])}
+        if len(kinds) > 1 or not saved[k].isfinite().all():
+            raise ValueError(f"{k} does not hold finite numbers")
+    for k, tensor in own.items():
+        tensor.copy_(saved[k])
 
 
 def digest(module):
@@ -1086,12 +1080,10 @@ def load_weights(model, path, arch):
     for pattern, name in RENAME:
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     own = {k: x for k, x in wanted.items() if k.endswith(("num_batches_tracked", "periods"))}
-    state = own | state  # files may lack these
     try:
-        check_fit(state, wanted)
+        load_trained(model, own | state)  # files may lack what is `own`, and be fp16
     except ValueError as error:
         raise ValueError(f"{path} does not fit {arch}: {error}") from None
-    model.load_state_dict(state)  # fp16 -> float32
     for block in model.blocks if "periods" in wanted else ():
         block.attn["qkv"].bias.data.chunk(3)[1].zero_()  # DINOv3's files mask the bias of keys
 
