@@ -571,9 +571,8 @@ class Features:
         if run.args.bench:
             return
         unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
-        measure = bool(unknown) and not run.loaded
-        if run.args.cache_features or measure:
-            moments = self._pass(dataset, measure)  # raw: a place not known yet is zero
+        if run.args.cache_features or unknown and not run.loaded:
+            moments = self._pass(dataset)  # raw: a place not known yet is zero
         for module in unknown:
             if run.loaded:
                 load_trained(module.place, run.loaded["model"].get("backbone.place"))
@@ -583,39 +582,37 @@ class Features:
             for part in () if self.table is None else self.table[:, :module.dim].split(16):
                 part.copy_(module.less(part.to(module.place)))
 
-    @torch.no_grad()
-    def _compute(self, images):
-        with self.run.autocast():
-            return self.backbone(images.to(self.run.device)).float()
-
-    def _pass(self, dataset, measure):
-        """Over all images, into the table, or over 2,000 without one -> if measured: how many could
-        be read, the sum of their features (D,h,w), the sums of the squares (D,)."""
-        keep, size, n, total, squares = self.run.args.cache_features, len(dataset), 0, 0.0, 0.0
+    def _pass(self, dataset):
+        """Over all images, into the table, or over 2,000 without one -> how many could be read, the
+        sum of their features (D,h,w), the sums of the squares (D,)."""
+        keep, size, table = self.run.args.cache_features, len(dataset), None
+        n, total, squares = 0, 0.0, 0.0
         some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
         loader = data_loader(Subset(dataset, some), self.run.args.workers, batch_size=16)
         for batch in tqdm(loader, "features", disable=self.run.rank > 0):
-            index, feats = batch["index"], self._compute(batch["image"]).cpu()
+            index, feats = batch["index"], self(batch).cpu()
             good = torch.tensor([not error for error in batch["error"]])
             if keep:
-                if self.table is None:
-                    self.table = torch.empty(size, *feats.shape[1:], dtype=torch.float16)
-                    say(f"--cache-features: {self.table.nbytes / 1e6:,.0f} MB for {size:,} images")
-                self.table[index] = feats.half()
+                if table is None:
+                    table = torch.empty(size, *feats.shape[1:], dtype=torch.float16)
+                    say(f"--cache-features: {table.nbytes / 1e6:,.0f} MB for {size:,} images")
+                table[index] = feats.half()
                 dataset.unreadable = {*dataset.unreadable, *index[~good].tolist()}
-            if measure:
-                feats = feats[good].double()
-                n, total = n + len(feats), total + feats.sum(0)
-                squares = squares + feats.square().sum((0, 2, 3))
+            feats = feats[good].double()
+            n, total = n + len(feats), total + feats.sum(0)
+            squares = squares + feats.square().sum((0, 2, 3))
+        self.table = table
         dataset.read_images = not keep  # the loaders to come need not open the files again
         return n, total, squares
 
+    @torch.no_grad()
     def __call__(self, batch, name="image"):
         if self.table is not None:
             index = batch["index" if name == "image" else f"{name}_index"]
             return self.table[index.cpu()].to(self.run.device, non_blocking=True).float()
         begin = self.run.clock()
-        feats = self._compute(batch[name])
+        with self.run.autocast():
+            feats = self.backbone(batch[name].to(self.run.device)).float()
         self.run.seconds += self.run.clock() - begin
         return feats
 
