@@ -935,7 +935,7 @@ class DCT8(Backbone):
         v, u = k.repeat(8), k.repeat_interleave(8)
         octave = torch.bucketize(torch.maximum(u, v), torch.tensor([0.5, 1.5, 3.5]))
         lean = (u > 2 * v).long() - (v > 2 * u).long()  # change downwards, diagonal, across
-        band = torch.where(octave > 0, (octave - 1) * 3 + lean + 1, -1)
+        band = 3 * octave + lean - 2  # -2: the mean
         bands = (band == torch.arange(9)[:, None]).float().reshape(9, 64, 1, 1)
         grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD.to(k.device)
         self.basis, self.bands, self.grey = map(nn.Buffer, (products, bands, grey))
