@@ -395,10 +395,6 @@ class Run:
             if p.requires_grad and not hasattr(p, "averaged"):
                 p.averaged = p.register_post_accumulate_grad_hook(average)
 
-    def features(self, backbone, dataset):
-        """-> function batch -> (B,D,h,w), the frozen features: see `Features`."""
-        return Features(self, backbone, dataset)
-
     def loop(self, phase, dataset, steps):
         """Yield (step, batch on the device) for one phase; nothing if a resumed run had finished
         it. SIGINT and SIGTERM are caught here alone: the step ends, a checkpoint is written."""
@@ -561,36 +557,46 @@ class Run:
         if args.json and self.rank == 0 and self.name != "probe":  # CAUSE's last phase
             write(args.json, json.dumps(figures, indent=1).encode())
 
+    def features(self, backbone, dataset):
+        """-> function batch -> frozen features (B,D,h,w) of batch["image"] (B,3,H,W), without
+        gradient, bf16 on CUDA; (batch, "positive"): of batch["positive"]. Makes `WithoutPlace`
+        ready, and with --cache-features a table of images x D x N x 2 bytes in RAM."""
+        table = None
 
-class Features:
-    """features(batch): frozen features (B,D,h,w) of batch["image"] (B,3,H,W), without gradient,
-    bf16 on CUDA; features(batch, "positive"): of batch["positive"]. Makes `WithoutPlace` ready, and
-    with --cache-features a table of images x D x N x 2 bytes in RAM."""
-    def __init__(self, run, backbone, dataset):
-        self.run, self.backbone, self.table = run, backbone, None
-        if run.args.bench:
-            return
+        @torch.no_grad()
+        def features(batch, name="image"):
+            if table is not None:
+                index = batch["index" if name == "image" else f"{name}_index"]
+                return table[index.cpu()].to(self.device, non_blocking=True).float()
+            begin = self.clock()
+            with self.autocast():
+                feats = backbone(batch[name].to(self.device)).float()
+            self.seconds += self.clock() - begin
+            return feats
+        if self.args.bench:
+            return features
         unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
-        if run.args.cache_features or unknown and not run.loaded:
-            moments = self._pass(dataset)  # raw: a place not known yet is zero
+        if self.args.cache_features or unknown and not self.loaded:
+            table, *moments = self._pass(features, dataset)  # raw: a place not known yet is zero
         for module in unknown:
-            if run.loaded:
-                load_trained(module.place, run.loaded["model"].get("backbone.place"))
+            if self.loaded:
+                load_trained(module.place, self.loaded["model"].get("backbone.place"))
             else:
-                module.measure(*moments, run.args.remove_position)
+                module.measure(*moments, self.args.remove_position)
             module.known = True
-            for part in () if self.table is None else self.table[:, :module.dim].split(16):
+            for part in () if table is None else table[:, :module.dim].split(16):
                 part.copy_(module.less(part.to(module.place)))
+        return features
 
-    def _pass(self, dataset):
-        """Over all images, into the table, or over 2,000 without one -> how many could be read, the
-        sum of their features (D,h,w), the sums of the squares (D,)."""
-        keep, size, table = self.run.args.cache_features, len(dataset), None
+    def _pass(self, features, dataset):
+        """Over all images, or over 2,000 without --cache-features -> table (images,D,h,w) or None,
+        how many could be read, sums of their features (D,h,w) and of the squares (D,)."""
+        keep, size, table = self.args.cache_features, len(dataset), None
         n, total, squares = 0, 0.0, 0.0
         some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
-        loader = data_loader(Subset(dataset, some), self.run.args.workers, batch_size=16)
-        for batch in tqdm(loader, "features", disable=self.run.rank > 0):
-            index, feats = batch["index"], self(batch).cpu()
+        loader = data_loader(Subset(dataset, some), self.args.workers, batch_size=16)
+        for batch in tqdm(loader, "features", disable=self.rank > 0):
+            index, feats = batch["index"], features(batch).cpu()
             good = torch.tensor([not error for error in batch["error"]])
             if keep:
                 if table is None:
@@ -601,20 +607,8 @@ class Features:
             feats = feats[good].double()
             n, total = n + len(feats), total + feats.sum(0)
             squares = squares + feats.square().sum((0, 2, 3))
-        self.table = table
         dataset.read_images = not keep  # the loaders to come need not open the files again
-        return n, total, squares
-
-    @torch.no_grad()
-    def __call__(self, batch, name="image"):
-        if self.table is not None:
-            index = batch["index" if name == "image" else f"{name}_index"]
-            return self.table[index.cpu()].to(self.run.device, non_blocking=True).float()
-        begin = self.run.clock()
-        with self.run.autocast():
-            feats = self.backbone(batch[name].to(self.run.device)).float()
-        self.run.seconds += self.run.clock() - begin
-        return feats
+        return table, n, total, squares
 
 
 # ---------------------------------------------------------------- files
