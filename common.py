@@ -1081,9 +1081,8 @@ def load_weights(model, path, arch):
 
 # ---------------------------------------------------------------- downloads
 def fetch(source, arch):
-    """A file of weights, `source` as in ARCHS, in torch hub's cache: downloaded on first use, its
-    sha256 checked on every use. Where none is published, that of the first download is kept beside
-    it, in NAME.sha256."""
+    """`source` as in ARCHS -> file in torch hub's cache, downloaded on first use. On every use its
+    sha256 is checked: the published one, else the first download's, kept in NAME.sha256."""
     url, _, sha256 = source.partition(" ")
     if url == "by":
         raise ValueError(f"weights of {arch} are got {source}; then give --weights FILE")
