@@ -752,11 +752,17 @@ class Backbone(nn.Module):
             raise ValueError(f"{H}x{W} pixels make no patches; --size takes a multiple of {p}")
         return H // p, W // p
 
-    def forward_with_attention(self, images):
+    def forward(self, images):
+        return self.forward_with_attention(images, False)[0]
+
+    def forward_with_attention(self, images, with_map=True):
         """(B,3,H,W) -> features (B,D,h,w), soft-max (B,1,N,N) of the cosines between them."""
-        feats = self(images)
-        unit = F.normalize(feats.flatten(2), dim=1)  # (B,D,N)
-        return feats, (unit.transpose(1, 2) @ unit).softmax(-1)[:, None]
+        self.grid(images)
+        feats, attention = self.describe(images), None
+        if with_map:
+            unit = F.normalize(feats.flatten(2), dim=1)  # (B,D,N)
+            attention = (unit.mT @ unit).softmax(-1)[:, None]
+        return feats, attention
 
 
 class WithoutPlace(Backbone):
@@ -772,11 +778,8 @@ class WithoutPlace(Backbone):
     def less(self, feats):
         return feats - F.interpolate(self.place[None], feats.shape[2:], mode="bilinear")
 
-    def forward(self, images):
-        return self.less(self.backbone(images))
-
-    def forward_with_attention(self, images):
-        feats, attention = self.backbone.forward_with_attention(images)
+    def forward_with_attention(self, images, with_map=True):
+        feats, attention = self.backbone.forward_with_attention(images, with_map)
         return self.less(feats), attention
 
     def measure(self, n, total, squares, wanted=None):
@@ -892,9 +895,6 @@ class ViT(Backbone):
         attention = last.attend(x, rotary, only_map=True) if with_map else None
         return self.norm(last(x, rotary)), attention, (h, w)
 
-    def forward(self, images):
-        return self.forward_with_attention(images, False)[0]
-
     def forward_with_attention(self, images, with_map=True):
         """-> features (B,D,h,w), last block's attention (B,heads,prefix+N,prefix+N), soft-maxed."""
         tokens, attention, grid = self.tokens(images, with_map)
@@ -903,15 +903,11 @@ class ViT(Backbone):
 
 class ResNet50(Backbone, nn.Sequential):
     """torchvision's ResNet-50, last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,h,w)."""
-    dim, patch = 2048, 8
+    dim, patch, describe = 2048, 8, nn.Sequential.forward
 
     def __init__(self):
         net = torchvision.models.resnet50(replace_stride_with_dilation=(False, True, True))
         super().__init__(OrderedDict(list(net.named_children())[:-2]))  # no avgpool, no fc
-
-    def forward(self, images):
-        self.grid(images)
-        return super().forward(images)
 
 
 class DCT8(Backbone):
@@ -934,8 +930,7 @@ class DCT8(Backbone):
         grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None] * STD.to(k.device)
         self.basis, self.bands, self.grey = map(nn.Buffer, (products, bands, grey))
 
-    def forward(self, images):
-        self.grid(images)
+    def describe(self, images):
         grey = (images * self.grey).sum(1, keepdim=True)  # (B,1,H,W)
         energy = F.conv2d(F.conv2d(grey, self.basis, stride=8) ** 2, self.bands)  # (B,9,h,w)
         own = torch.cat((F.avg_pool2d(images, 8), (energy + 1e-3).log() / 2 + 2.5), 1)
