@@ -38,7 +38,7 @@ DATA = ("scenes camvid coco27 coco15 coco3 coco81 coco171 cityscapes27 cityscape
 
 
 # ---------------------------------------------------------------- command line
-def number(low=0.0, high=1e6, kind=float):
+def number(low=1, high=10 ** 6, kind=int):
     """An argparse type: a finite number from low to high."""
     def convert(text):
         with contextlib.suppress(ValueError):
@@ -46,10 +46,6 @@ def number(low=0.0, high=1e6, kind=float):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
     return convert
-
-
-def whole(low=1, high=10 ** 6):
-    return number(low, high, int)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -69,7 +65,8 @@ class Parser(argparse.ArgumentParser):
         if isinstance(default, bool):
             more.setdefault("action", argparse.BooleanOptionalAction)
         elif isinstance(default, (int, float, tuple)):
-            more.setdefault("type", (whole if isinstance(default, int) else number)(**limits))
+            kind = {} if isinstance(default, int) else {"low": 0.0, "kind": float}
+            more["type"] = number(**kind | limits)
         if isinstance(default, tuple):
             more["nargs"] = len(default)
         (group or self).add_argument(name, default=default, help=help, **more)
@@ -90,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(doc):
     """The options that all methods share. None: the preset, the data or the machine decide."""
-    p, many = Parser(doc), whole(1, 2 ** 31 - 1)
+    p, many = Parser(doc), number(1, 2 ** 31 - 1)
     p.set_defaults(classes=None, epochs=None)  # filled in by `train` and by presets
     add = p.group("data and backbone")
     add("--data", "scenes", "data set (python data.py lists them), or a directory of images")
@@ -99,8 +96,8 @@ def parser(doc):
     add("--size", 224, "side of a training image, a multiple of the patch", low=8, high=8192)
     add("--arch", "dct8", "frozen backbone: dct8 (no weights), vits8, vitb8, dinov2_vits14, ...")
     add("--weights", None, "a file in place of the download; none: untrained", metavar="FILE|none")
-    add("--depth", None, "first K blocks of a ViT, then its norm", type=whole(), metavar="K")
-    add("--clusters", None, "else the number of classes, 27 without labels", type=whole(2, 65536))
+    add("--depth", None, "first K blocks of a ViT, then its norm", type=number(), metavar="K")
+    add("--clusters", None, "else the number of classes, 27 without labels", type=number(2, 65536))
     add = p.group("training")
     add("--steps", None, "steps of the main phase; else the preset's epochs", type=many)
     add("--batch-size", 16, "images per step over all processes together")
@@ -111,7 +108,7 @@ def parser(doc):
     add("--resume", None, "go on with the run in this folder, with its options", metavar="RUN")
     add("--save-every", None, "steps between checkpoints; else ten minutes", type=many)
     add("--device", None, "cuda, cuda:1, cpu; else the accelerator if there is one")
-    add("--workers", None, "processes that read images", type=whole(0, 1024))
+    add("--workers", None, "processes that read images", type=number(0, 1024))
     add("--cache-features", False, "keep frozen features in RAM (fp16): later epochs cost the head")
     add("--smoke", False, "ten steps that touch everything, to see that it runs")
     add("--bench", None, "time that many steps on data held in memory, then stop", type=many)

@@ -1134,7 +1134,7 @@ COMMANDS = {  # option that says what is done -> what else it uses, beside --dev
 
 
 def arguments():
-    p, whole = common.Parser(__doc__), common.whole
+    p, whole = common.Parser(__doc__), common.number
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
     add = p.group("scoring")
     add("--crf", False, "also with the fully connected CRF", action="store_true")

@@ -680,7 +680,7 @@ def arguments():
     arch, depth = p._option_string_actions["--arch"], p._option_string_actions["--depth"]
     arch.choices = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
     arch.help = "the network to train; a larger one pays on COCO"
-    depth.help, depth.type = "first K of its four stages; the last costs most", common.whole(1, 4)
+    depth.help, depth.type = "first K of its four stages; the last costs most", common.number(1, 4)
     add = p.group("ViCE")
     add("--decoder", "fpn", "deeplab for large images", choices=("fpn", "deeplab"))
     add("--code-dim", 128, "width K of an embedding; 32 costs the paper 1.5 mIoU")
