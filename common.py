@@ -806,11 +806,10 @@ class Block(nn.Module):
     def __init__(self, dim, heads, layer_scale, swiglu, eps):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        wide, back = (dim, 4 * dim), (4 * dim, dim)
-        mlp = dict(w1=wide, w2=wide, w3=back) if swiglu else dict(fc1=wide, fc2=back)
-        self.attn, self.mlp = (
-            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layers.items()})
-            for layers in (dict(qkv=(dim, 3 * dim), proj=(dim, dim)), mlp))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        first, last = (("w1", "w2"), "w3") if swiglu else (("fc1",), "fc2")
+        self.mlp = nn.ModuleDict({name: nn.Linear(dim, 4 * dim) for name in first})
+        self.mlp[last] = nn.Linear(4 * dim, dim)
         names = ["gamma"] * layer_scale
         self.ls1, self.ls2 = (nn.ParameterDict({x: torch.ones(dim) for x in names}) for _ in "12")
 
