@@ -123,8 +123,8 @@ ONLY_TYPED = "resume out bench json show device workers save_every".split()
 
 def parse(arguments, presets, argv=None):
     """Options as typed, else of the presets that apply, else the defaults. A key of `presets` is a
-    data set, `folder` or `smoke`, and conditions: pattern of --arch, option=value. With --resume
-    the options of that run; none that changes its result may be typed anew."""
+    data set, `folder` or `smoke`, and conditions option=pattern. With --resume the options of that
+    run; none that changes its result may be typed anew."""
     p = arguments()
     args = p.parse_args(argv)
     if args.resume:
@@ -140,10 +140,10 @@ def parse(arguments, presets, argv=None):
         return args
     folder = args.data not in DATA and os.path.isdir(args.data)
     known = ["folder" if folder else args.data] + ["smoke"] * args.smoke
+    options = [f"{k}={x}" for k, x in vars(args).items()]
     for key, preset in presets.items():
         data, *rules = key.split()
-        rules = [(rule if "=" in rule else f"arch={rule}").split("=") for rule in rules]
-        if data in known and all(fnmatch.fnmatch(str(vars(args)[k]), x) for k, x in rules):
+        if data in known and all(fnmatch.filter(options, rule) for rule in rules):
             p.set_defaults(**({"steps": None} if "epochs" in preset else {}) | preset)
     args = p.parse_args(argv)
     if args.root and (folder or args.data == "scenes"):

@@ -481,7 +481,7 @@ PRESETS = {
     "camvid": dict(eval_size=224, steps=200, batch_size=8, code_dim=256, consistency=0.0, pool=1024,
                    renew=20, warmup=50, probe="kmeans"),
     "coco27": dict(five_crop=True, epochs=3, tau=0.8, warmup=1000),
-    "coco27 *vits16": dict(code_dim=256),  # DINO's and SelfPatch's
+    "coco27 arch=*vits16": dict(code_dim=256),  # DINO's and SelfPatch's
     "cityscapes27": dict(five_crop=True, epochs=30, renew=20, warmup=50, momentum=0.999),
     "potsdam3": dict(epochs=10, code_dim=256, tau=0.4, rho=1.0, pool=1024, renew=20,
                      momentum=0.999, consistency=0.0),

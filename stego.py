@@ -343,7 +343,7 @@ PRESETS = {
     "camvid": dict(eval_size=224, steps=300, probe="kmeans", auto_shift=False),
     "coco27": dict(five_crop=True, auto_shift=False,
                    shift_self=0.08, shift_knn=0.02, shift_rand=0.66),  # of ViT-S
-    "coco27 vitb*": dict(shift_self=0.12, shift_knn=0.2, shift_rand=1.0,
+    "coco27 arch=vitb*": dict(shift_self=0.12, shift_knn=0.2, shift_rand=1.0,
                          weight_self=0.1, weight_knn=1.0, weight_rand=0.1538476246),
     "cityscapes27": dict(
         five_crop=True, auto_shift=False, code_dim=100,

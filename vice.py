@@ -721,15 +721,15 @@ PRESETS = {
     # three stages and small images: what a CPU does in minutes
     "camvid": dict(SMALL, depth=3, size=128, eval_size=128, region_size=10, view_size=96, blur=0.1,
                    queue=2000, steps=150, batch_size=8, lr=0.5, filters=45, probe_steps=1000),
-    "camvid resnet50": dict(steps=80, batch_size=6),
+    "camvid arch=resnet50": dict(steps=80, batch_size=6),
     "camvid weights=none": dict(lr=1.5),
     "coco27": dict(PUBLISHED, steps=7552),  # 4 epochs of 241,690 images in the paper
     "coco27 decoder=deeplab": dict(LARGE, steps=30_208, warmup=0.005, size=480, eval_size=512),
-    "coco27 resnet1?? decoder=deeplab": dict(steps=22_656, warmup=0.0067),
+    "coco27 arch=resnet1?? decoder=deeplab": dict(steps=22_656, warmup=0.0067),
     "cityscapes19": dict(PUBLISHED, steps=936),  # 24 epochs of 5,000
     "cityscapes19 weights=none": dict(steps=5616, warmup=0.0033),
     "cityscapes19 decoder=deeplab": dict(LARGE, steps=1872, warmup=0.01, size=1024, eval_size=1024),
-    "cityscapes19 resnet?0* decoder=deeplab": dict(steps=2808, warmup=0.0067),  # 50 and 101
+    "cityscapes19 arch=resnet?0* decoder=deeplab": dict(steps=2808, warmup=0.0067),  # 50 and 101
     "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
                   probe_images=20, probe_steps=10),
 }
