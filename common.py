@@ -780,8 +780,8 @@ class WithoutPlace(Backbone):
         return self.less(feats), attention
 
     def measure(self, n, total, squares, wanted=None):
-        """Take out the place if wanted, or if it explains little of the variance -> its share. Of n
-        images: the sum of the features (D,h,w), the sums of the squares (D,)."""
+        """Take out the place if wanted, or if it explains little of the variance -> its share.
+        n, total, squares: of `Run._pass`."""
         mean = total[:self.dim] / n  # hp's window stands behind the D channels
         overall = mean.mean((1, 2), keepdim=True)
         place, overall = mean - overall, overall.square().sum() * mean[0].numel()
