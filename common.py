@@ -377,8 +377,8 @@ class Run:
 
     def rand(self, rows, *shape):
         """Uniform numbers (rows, *shape): this process's rows of a draw for the global batch."""
-        drawn = torch.rand(self.world * rows, *shape, generator=self.shared, device=self.device)
-        return drawn[self.rank * rows:(self.rank + 1) * rows]
+        shape = self.world, rows, *shape
+        return torch.rand(shape, generator=self.shared, device=self.device)[self.rank]
 
     def keep(self, **state):
         """What checkpoints hold from now on and --resume restores: modules, optimisers, tensors.
