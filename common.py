@@ -299,12 +299,6 @@ def gather(x):
     return reduce_sum(rows).flatten(0, 1)
 
 
-def broadcast(module):
-    """Process 0's parameters and buffers in all: on a GPU sums may differ in the last bit."""
-    for x in module.state_dict().values() if world() > 1 else ():
-        dist.broadcast(x, 0)
-
-
 # ---------------------------------------------------------------- a run
 @functools.lru_cache(1)
 def shuffled(n, seed):

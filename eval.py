@@ -333,8 +333,9 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     model.eval()
     classes, labelled, failed = dataset.classes, 0, []
     probes = probes or probes_of(model)
-    for module in (model, *probes.values()):
-        common.broadcast(module)
+    for module in (model, *probes.values()) if common.world() > 1 else ():
+        for x in module.state_dict().values():  # on a GPU sums may differ in the last bit
+            dist.broadcast(x, 0)
     counts = {name: torch.zeros(len(getattr(probe, "clusters", range(classes))), classes,
                                 dtype=torch.long, device=device) for name, probe in probes.items()}
     for items in batches(dataset, batch_size, workers, what):
