@@ -39,7 +39,7 @@ DATA = ("scenes camvid coco27 coco15 coco3 coco81 coco171 cityscapes27 cityscape
 
 # ---------------------------------------------------------------- command line
 def number(low=1, high=10 ** 6, kind=int):
-    """An argparse type: a finite number from low to high."""
+    """An argparse type: a finite number from low to high, whole or, by kind, float."""
     def convert(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
@@ -893,7 +893,8 @@ class ViT(Backbone):
 
 class ResNet50(Backbone, nn.Sequential):
     """torchvision's ResNet-50, last two stages dilated to stride 8: (B,3,H,W) -> (B,2048,h,w)."""
-    dim, patch, describe = 2048, 8, nn.Sequential.forward
+    dim, patch = 2048, 8
+    describe = nn.Sequential.forward
 
     def __init__(self):
         net = torchvision.models.resnet50(replace_stride_with_dilation=(False, True, True))
