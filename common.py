@@ -879,11 +879,10 @@ class ViT(Backbone):
         x = x if rotary else x + self.positions(h, w)
         if self.register_tokens is not None:  # after the class token, without position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
-        for block in self.blocks[:-1]:
-            x = block(x, rotary)
-        last = self.blocks[-1]
-        attention = last.attend(x, rotary, only_map=True) if with_map else None
-        return self.norm(last(x, rotary)), attention, (h, w)
+        for block in self.blocks:
+            before, x = x, block(x, rotary)
+        attention = block.attend(before, rotary, only_map=True) if with_map else None
+        return self.norm(x), attention, (h, w)
 
     def forward_with_attention(self, images, with_map=True):
         """-> features (B,D,h,w), last block's attention (B,heads,prefix+N,prefix+N), soft-maxed."""
