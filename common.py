@@ -344,7 +344,7 @@ class Run:
         self.rank, self.world, self.folder = rank(), world(), Path(args.resume or args.out or "")
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} does not divide by {self.world}")
-        if args.out and not args.resume and self.folder.exists() and any(self.folder.iterdir()):
+        if args.out and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"--out {args.out} already holds a run or other files; take a new "
                              f"folder, or go on with --resume {args.out}")
         args.root = args.root and os.path.abspath(args.root)  # typed with --resume, too
@@ -459,7 +459,7 @@ class Run:
             write(self.folder / "args.json", json.dumps(vars(args), indent=1).encode())
 
     def _move(self, batch):
-        for text in set(batch.get("error", ())) - {""} - self.reported:
+        for text in set(batch["error"]) - {""} - self.reported:
             self.reported.add(text)
             say(f"skipped an unreadable image: {text}")
         self.paths = batch.get("path", ())
@@ -657,7 +657,7 @@ def read(path):
 def trained(x):
     """state_dict without the frozen backbone, which is loaded from its own file."""
     return {k: v for k, v in x.state_dict().items()
-            if not str(k).startswith("backbone.") or k == "backbone.place"}
+            if not k.startswith("backbone.") or k == "backbone.place"}
 
 
 @torch.no_grad()
