@@ -57,8 +57,8 @@ class LinearProbe(nn.Conv2d):
         super().__init__(width, classes, 1)
 
     def reset_parameters(self):
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 def linear_loss(logits, label):
@@ -110,10 +110,8 @@ def hungarian(confusion):
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
     tensor([ 1,  0, -1])"""
-    rows, columns = linear_sum_assignment(confusion.cpu().numpy(), maximize=True)
-    assignment = torch.full((len(confusion),), -1)
-    assignment[torch.from_numpy(rows)] = torch.from_numpy(columns)
-    return assignment
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(confusion.cpu(), maximize=True))
+    return torch.full((len(confusion),), -1).scatter(0, rows, columns)
 
 
 def majority(confusion):
@@ -137,9 +135,8 @@ def scores(confusion):
     >>> found["iou"].tolist(), found["miou"], found["accuracy"]
     ([0.75, 0.8, nan], 0.775, 0.875)"""
     counts = confusion.cpu().double()
-    classes = counts.shape[1]
     right, pixels = counts.diagonal(), counts.sum(0)
-    predicted = counts.sum(1)[:classes]
+    predicted = counts.sum(1)[:len(pixels)]
     iou = right / (pixels + predicted - right)  # 0/0 = NaN: absent from both
     return {"miou": iou.nanmean().item(), "accuracy": (right.sum() / pixels.sum()).item(),
             "iou": iou, "precision": right / predicted, "pixels": pixels.long()}
@@ -154,7 +151,7 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
     if len(x) < clusters:
         raise ValueError(f"{len(x)} feature vectors are too few for {clusters} clusters")
     generator = torch.Generator().manual_seed(seed)
-    best, best_fit = None, -math.inf
+    found = []
     for _ in range(restarts):
         centres = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
         distance = (1 - x @ centres[0]).clamp(min=0)
@@ -176,9 +173,8 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
             if lost.any():  # they go to the worst served points
                 sums[lost] = x[cosine.topk(int(lost.sum()), largest=False).indices]
             centres = F.normalize(sums, dim=1)
-        if quality > best_fit:
-            best, best_fit = centres, quality
-    return best
+        found.append((quality, centres))
+    return max(found, key=lambda x: x[0])[1]
 
 
 # ---------------------------------------------------------------- prediction
@@ -234,12 +230,11 @@ def upsample(x, size, shape):
 def arg_max(maps, size, shape, limit=2 ** 26):
     """maps (B,C,h,w) -> (B,*size) arg-max over channels after `upsample`, in bounded memory."""
     step = max(1, limit // (len(maps) * size[0] * size[1]))
-    best = index = None
-    for start, part in zip(range(0, maps.shape[1], step), maps.split(step, 1)):
-        value, place = upsample(part, size, shape).max(1)
-        place += start
-        index = place if best is None else torch.where(value > best, place, index)
-        best = value if best is None else torch.maximum(value, best)
+    best, index = maps.new_tensor(-math.inf), 0
+    for start in range(0, maps.shape[1], step):
+        value, place = upsample(maps[:, start:start + step], size, shape).max(1)
+        index = torch.where(value > best, place + start, index)
+        best = torch.maximum(value, best)
     return index
 
 
@@ -266,9 +261,10 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
         rgb = (F.interpolate(rgb, size, mode="bilinear") * 255).byte()  # truncated, as published
         one = 1 if rgb.device.type == "cpu" else len(rgb)  # a CPU's cache holds one image
     for name, probe in probes.items():
-        cosine = hasattr(probe, "clusters")
-        centres = F.normalize(probe.clusters, dim=1)[..., None, None] if cosine else None
-        low = F.conv2d(code, centres) if cosine else probe(code)
+        if cosine := hasattr(probe, "clusters"):
+            low = F.conv2d(code, F.normalize(probe.clusters, dim=1)[..., None, None])
+        else:
+            low = probe(code)
         if not crf:
             found[name] = arg_max(low, size, shape)
             continue
@@ -326,10 +322,10 @@ def same_size(items):
 def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0,
              what="evaluation", probes=None):
     """Count predictions against labels over a whole data set; only counts are kept.
-    -> {name of each probe: (clusters,classes) int64, predictions as rows; "linear": None where
-    there is none; "labelled": number of images with a label; "failed": [(path, reason)]}, summed
-    over processes. model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or
-    None). probes: see `predict`."""
+    -> {name of each probe: (clusters,classes) int64, predictions as rows; "labelled": number of
+    images with a label; "failed": [(path, reason)]}, summed over processes.
+    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or None).
+    probes: see `predict`."""
     model.eval()
     classes, labelled, failed = dataset.classes, 0, []
     probes = probes or probes_of(model)
@@ -353,7 +349,7 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
     if common.world() > 1:
         dist.all_gather_object(everyone, failed)
     failed = sorted(set(sum(everyone, [])))
-    return {"linear": None, **counts, "labelled": labelled, "failed": failed}
+    return {**counts, "labelled": labelled, "failed": failed}
 
 
 def tell(what, failed):
@@ -397,21 +393,21 @@ def sample_points(encoder, dataset, device, points, images, seed=0, workers=0):
 
 
 def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=0):
-    """K-means with each of these numbers of centres on an encoder's features of a data set.
-    -> {"N clusters": ClusterProbe}, {"N clusters": class of each by majority, if there are labels},
+    """K-means on an encoder's features of a data set. numbers: {name: number of centres}
+    -> {name: ClusterProbe}, {name: class of each centre by majority, if there are labels},
     features (n,D) of at most CELLS of an image, 2^17 in all, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(common.CELLS, 2 ** 17 // images))
     features, labels = sample_points(encoder, dataset, device, points, images, seed, workers)
     probes, votes = {}, {}
-    for number in numbers:
+    for name, number in numbers.items():
         centres = kmeans(features, number, seed=seed)
-        probes[f"{number} clusters"] = probe = ClusterProbe(*centres.T.shape)
-        probe.clusters.data = centres
+        probes[name] = ClusterProbe(*centres.T.shape)
+        probes[name].clusters.data = centres
         if (labels >= 0).any():
             nearest = torch.cat([(x @ centres.T).argmax(1) for x in features.split(16384)])
             counts = confusion_matrix(nearest, labels, number, dataset.classes)
-            votes[f"{number} clusters"] = majority(counts)
+            votes[name] = majority(counts)
     return probes, votes, features, labels
 
 
@@ -454,9 +450,9 @@ def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, st
 def baseline(run, encoder, images, val, clusters, patch=1):
     """K-means on encoder(images) (B,D,h,w) of the train split -> (clusters,classes) on val."""
     model = Clustered(encoder, patch, None)
-    probes, *_ = clusterings(model, images, run.device, [clusters], run.args.seed,
+    probes, *_ = clusterings(model, images, run.device, {"kmeans": clusters}, run.args.seed,
                              workers=run.args.workers)
-    [model.cluster] = probes.values()
+    model.cluster = probes["kmeans"]
     return evaluate(model, val, run.device, workers=run.args.workers, what="k-means")["cluster"]
 
 
@@ -640,15 +636,12 @@ def saved_scores(path):
     """What a scores.json holds, {} where there is none. ValueError: it is not as we wrote it."""
     if not path.exists():
         return {}
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         saved = json.loads(path.read_bytes())
-        whole = saved["seal"] == seal(saved)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged, or older than its seal; delete it and run python "
-                         f"eval.py {path.parent}")
-    return saved
+        if saved["seal"] == seal(saved):
+            return saved
+    raise ValueError(f"{path} is damaged, or older than its seal; delete it and run python "
+                     f"eval.py {path.parent}")
 
 
 def percent(x):
@@ -710,21 +703,19 @@ def finish(run, model, images, val, encode=None, more=None):
     images.read_images = True  # cached features may have left it off
     if getattr(run.args, "probe", None) == "kmeans":
         # a probe that learns online drops small classes: a centre that never wins never moves
-        probes, *_ = clusterings(model.eval(), images, run.device, [run.args.clusters],
+        probes, *_ = clusterings(model.eval(), images, run.device, {"kmeans": run.args.clusters},
                                  run.args.seed, workers=run.args.workers)
-        [probe] = probes.values()
-        model.cluster.load_state_dict(probe.state_dict())
+        model.cluster.load_state_dict(probes["kmeans"].state_dict())
     run.keep(model=model)
     run.save(done=True)
     seconds = time.time() - os.path.getmtime(run.folder / "args.json") if run.rank == 0 else 0
     result = evaluate(model, val, run.device, workers=run.args.workers)
     if val.classes:
-        encode = encode or model.backbone
-        raw = baseline(run, encode, images, val, run.args.clusters, patch_of(model))
-        result = {**result, "kmeans": raw, **(more or {})}
-    rows = rows_of(result, val)
-    paths = sorted({*images.paths, *val.paths})
-    write_report(run.folder, model, val, result, {**rows, "seconds": seconds}, paths)
+        raw = baseline(run, encode or model.backbone, images, val, run.args.clusters,
+                       patch_of(model))
+        result |= {"kmeans": raw, **(more or {})}
+    found = {**rows_of(result, val), "seconds": seconds}
+    write_report(run.folder, model, val, result, found, sorted({*images.paths, *val.paths}))
     return tell("scored", result["failed"])
 
 
@@ -734,7 +725,8 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
     stays. paths: the photos that overview.png chooses from where there are no labels."""
     if common.rank() > 0:
         return {}
-    counts, device = result["cluster"], model.cluster.clusters.device
+    counts = result.get("cluster", result.get("kmeans"))  # the latter of a raw backbone
+    device = model.cluster.clusters.device
     assignment = hungarian(counts)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
@@ -783,8 +775,7 @@ def load_run(folder, device="cpu", weights=None):
     module = importlib.import_module(method) if method in own else None
     if not hasattr(module, "Model"):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
-    saved = common.check_args(module.arguments(), checkpoint["args"], folder)
-    args = argparse.Namespace(**saved)
+    args = argparse.Namespace(**common.check_args(module.arguments(), checkpoint["args"], folder))
     args.weights, args.out = weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
@@ -834,6 +825,7 @@ def score_run(folder, options, device):
     model, args, checkpoint = open_run(folder, options, device)
     val, probes, votes = load_data(options, args, options.split, model), {}, {}
     other = options.data not in (None, args.data)
+    fresh = other or not folder  # there are no probes for these classes
     parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
     prefix = "".join(f"{part}-" for part in parts if part)
     raw = "-".join(map(str, filter(None, ["runs/raw", val.name, options.arch, options.depth])))
@@ -842,18 +834,19 @@ def score_run(folder, options, device):
     held = {path.name.rpartition("-")[2] for path in out.glob("*")}  # names without a prefix
     if not folder and held and ("last.pt" in held or "scores.json" not in held):
         raise ValueError(f"{out} holds a trained run or other files; take another --out")
-    if folder and not other and len({args.classes, val.classes} - {0}) > 1:
+    if not fresh and len({args.classes, val.classes} - {0}) > 1:
         raise ValueError(f"{folder} was trained with {args.classes} classes, now the labels of "
                          f"{val.name} have {val.classes}")
     if not checkpoint["done"]:
         common.say(f"{folder} has not been trained to its end, its clusters are not final; go on "
                    f"with: python {checkpoint['method']}.py --resume {folder}")
-    if folder and not other and options.split == "val":
+    if not fresh and options.split == "val":
         common.differences(checkpoint, val=val.files())
     fit = folder and getattr(importlib.import_module(checkpoint["method"]), "fit_linear", None)
     if options.filters and not fit:
         raise ValueError(f"--filters: {checkpoint['method']}.py has no linear model with filters")
-    numbers = options.clusters or [val.classes or 27] * (other or not folder)
+    counts = options.clusters or [val.classes or 27] * fresh
+    numbers = {f"{n} clusters" if folder or n != counts[0] else "kmeans": n for n in counts}
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
         images = 1000 if folder else len(train)  # the raw linear probe's start, too
@@ -862,13 +855,11 @@ def score_run(folder, options, device):
     if options.filters or other and fit:
         filters = options.filters or args.filters
         probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
-    elif (other or not folder) and (labels >= 0).any():
+    elif fresh and (labels >= 0).any():
         probes["linear" + ", fitted here" * other] = fit_linear(
             model, train, device, codes, labels, args.seed, options.workers)
     if not folder:
-        first = next(iter(probes))
-        model.cluster = probes["cluster"] = probes.pop(first)
-        votes = {"cluster" if name == first else name: x for name, x in votes.items()}
+        model.cluster = probes["kmeans"]
     elif other:  # the classes of the run's linear probe are not those of another set
         probes = {"cluster": model.cluster, **probes}
     else:
@@ -880,8 +871,6 @@ def score_run(folder, options, device):
                          suffix[3:] or "evaluation", probes)
         result = result or found
         rows |= rows_of(found, val, votes, suffix)
-    if not folder:
-        rows = {re.sub("^cluster", "kmeans", key): x for key, x in rows.items()}
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
     rows = write_report(out, model, val, result, rows, paths, prefix)
     return args, rows, tell("scored", result["failed"])
@@ -924,26 +913,26 @@ def segment(folder, options, device):
         raise ValueError("--images needs --out DIR, where the results go")
     out, inputs = Path(options.out), list_inputs(options.images, Path(options.out))
     model, args, _ = load_run(folder, device, options.weights)
-    probe, (ids, names, palette) = model.cluster, model.named
+    probes, named = {"clusters": model.cluster}, {"clusters": model.named}
     if options.head == "linear":
-        probe, names = model.linear, saved_scores(Path(folder) / "scores.json").get("classes")
-        if probe is None or not names:
+        names = saved_scores(Path(folder) / "scores.json").get("classes")
+        if model.linear is None or not names:
             raise ValueError(f"{folder} was trained or scored without labels; drop --head linear")
-        ids, palette = range(len(names)), palette[:len(names)]
-    probes, named = {"clusters": probe}, {"clusters": (ids, names, palette)}
+        probes["clusters"] = model.linear
+        named["clusters"] = range(len(names)), names, model.named[2][:len(names)]
     if options.clusters:
         if options.head == "linear" or options.names and len({*options.clusters}) > 1:
             raise ValueError("--clusters goes without --head linear, and several without --names")
-        train, numbers = load_data(options, args, "train", model), sorted({*options.clusters})
+        numbers = {f"{n} clusters": n for n in sorted(options.clusters)}
+        train = load_data(options, args, "train", model)
         probes = clusterings(model, train, device, numbers, args.seed)[0]
-        named = {key: naming(torch.full((n,), -1)) for key, n in zip(probes, numbers)}
-        *_, (ids, names, palette) = named.values()
-    several = len(named) > 1
+        named = {key: naming(torch.full((n,), -1)) for key, n in numbers.items()}
+    several, (key, (ids, names, palette)) = len(named) > 1, list(named.items())[-1]
     if options.names:
         given = data.read_lines(Path(options.names))
         if len(given) != len(names):
             raise ValueError(f"{options.names} holds {len(given)} names for {len(names)} ids")
-        names, named = given, {key: (ids, given, palette) for key in named}
+        named[key] = ids, given, palette
     if len(names) > 256:
         raise ValueError(f"a palette PNG holds 256 ids, these are {len(names)}")
     common.write(out / ".segmented", b"")  # from now on it may be written over
