@@ -75,11 +75,9 @@ def probe_losses(model, code, label):
     """Losses of model.cluster and model.linear on code.detach() (B,K,h,w), label (B,H,W).
     -> two scalars, 0 for a probe that the model does not have or train."""
     code = code.detach().float()
-    cluster = linear = code.new_zeros((), requires_grad=True)
-    if model.cluster.clusters.requires_grad:
-        cluster = model.cluster(code)[0]
-    if model.linear is not None:
-        linear = linear_loss(model.linear(code), label)
+    zero = code.new_zeros((), requires_grad=True)
+    cluster = model.cluster(code)[0] if model.cluster.clusters.requires_grad else zero
+    linear = linear_loss(model.linear(code), label) if model.linear is not None else zero
     return cluster, linear
 
 
@@ -178,29 +176,26 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
 
 
 # ---------------------------------------------------------------- prediction
-def padded(images, patch):
-    """images (B,3,H,W), sides rounded up to multiples of the patch by repeating the last pixels."""
-    extra = (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch)
-    return F.pad(images, extra, mode="replicate")
-
-
 def patch_of(model):
     return getattr(model, "patch", getattr(getattr(model, "backbone", None), "patch", 1))
 
 
 def encode(model, images, flip=False, tile=None):
-    """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the `padded` images.
-    flip: the mean with the mirrored code of the mirrored image. tile: in overlapping squares of
-    that many pixels, blended, for images whose attention would not fit into memory."""
-    images = padded(images, patch_of(model))
+    """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the images with their last
+    pixels repeated, to whole patches. flip: the mean with the mirrored code of the mirrored image.
+    tile: in overlapping squares of that many pixels, blended, where attention would need too much
+    memory."""
+    patch = patch_of(model)
+    extra = (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch)
+    images = F.pad(images, extra, mode="replicate")
     if flip:
         code, mirrored = (encode(model, x, tile=tile) for x in (images, images.flip(-1)))
         return (code + mirrored.flip(-1)) / 2
     height, width = images.shape[-2:]
     if not tile or max(height, width) <= tile:
         return model(images).float()
-    tops, rows = tiles(height, tile, patch_of(model))
-    lefts, columns = tiles(width, tile, patch_of(model))
+    tops, rows = tiles(height, tile, patch)
+    lefts, columns = tiles(width, tile, patch)
     total = None
     for top, left in itertools.product(tops, lefts):
         code = model(images[..., top:top + rows, left:left + columns]).float()
@@ -221,18 +216,18 @@ def tiles(side, tile, patch):
     return [*range(0, side - length, step), side - length], length
 
 
-def upsample(x, size, shape):
-    """x (B,C,h,w) of an image of sides `shape` (before, after padding) -> its part (B,C,*size)."""
-    full = [round(side * outer / inner) for side, inner, outer in zip(size, *shape)]
+def upsample(x, size, shape, patch):
+    """x (B,C,h,w), whole patches of an image of sides `shape` -> the image's part (B,C,*size)."""
+    full = [round(n * (side + -side % patch) / side) for n, side in zip(size, shape)]
     return F.interpolate(x, full, mode="bilinear")[..., :size[0], :size[1]]
 
 
-def arg_max(maps, size, shape, limit=2 ** 26):
+def arg_max(maps, size, shape, patch, limit=2 ** 26):
     """maps (B,C,h,w) -> (B,*size) arg-max over channels after `upsample`, in bounded memory."""
     step = max(1, limit // (len(maps) * size[0] * size[1]))
     best, index = maps.new_tensor(-math.inf), 0
     for start in range(0, maps.shape[1], step):
-        value, place = upsample(maps[:, start:start + step], size, shape).max(1)
+        value, place = upsample(maps[:, start:start + step], size, shape, patch).max(1)
         index = torch.where(value > best, place + start, index)
         best = torch.maximum(value, best)
     return index
@@ -253,9 +248,8 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
     probes: {name: ClusterProbe, or what gives logits}, default `probes_of(model)`. flip, tile: of
     `encode`. crf: on log-softmax(model.alpha * cosine) and log-softmax(logits), as published."""
     size, probes = tuple(size or images.shape[-2:]), probes or probes_of(model)
-    large = padded(images, patch_of(model))
-    shape = images.shape[-2:], large.shape[-2:]
-    code, found = encode(model, large, flip, tile), {}  # (B,K,h,w)
+    code, found = encode(model, images, flip, tile), {}  # (B,K,h,w)
+    sides = size, images.shape[-2:], patch_of(model)
     if crf:
         rgb = (images * common.STD.to(images) + common.MEAN.to(images)).clamp(0, 1)
         rgb = (F.interpolate(rgb, size, mode="bilinear") * 255).byte()  # truncated, as published
@@ -266,11 +260,11 @@ def predict(model, images, size=None, flip=False, crf=False, tile=None, probes=N
         else:
             low = probe(code)
         if not crf:
-            found[name] = arg_max(low, size, shape)
+            found[name] = arg_max(low, *sides)
             continue
-        logits = upsample(low, size, shape)
+        logits = upsample(low, *sides)
         if cosine:  # here the length does matter
-            square = sum(upsample(x, size, shape).square().sum(1, True) for x in code.split(8, 1))
+            square = sum(upsample(x, *sides).square().sum(1, True) for x in code.split(8, 1))
             logits = getattr(model, "alpha", 2) * logits / square.sqrt().clamp(min=1e-12)
         parts = zip(rgb.split(one), logits.log_softmax(1).split(one))
         found[name] = torch.cat([dense_crf(a, b).argmax(1) for a, b in parts])
@@ -380,7 +374,7 @@ def sample_points(encoder, dataset, device, points, images, seed=0, workers=0):
         if item["error"]:
             continue
         image, label = item["image"], item["label"]
-        feats = encoder(padded(image[None].to(device), patch))[0].float()  # (D,h,w)
+        feats = encode(encoder, image[None].to(device))[0]  # (D,h,w)
         sides = zip(label.shape, image.shape[1:])  # the label's part of the padding
         down, right = (round(true * (-side % patch) / side) for true, side in sides)
         label = F.pad(label, (0, right, 0, down), value=-1)[None, None].float()
@@ -394,12 +388,12 @@ def sample_points(encoder, dataset, device, points, images, seed=0, workers=0):
 
 def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=0):
     """K-means on an encoder's features of a data set. numbers: {name: number of centres}
-    -> {name: ClusterProbe}, {name: class of each centre by majority, if there are labels},
-    features (n,D) of at most CELLS of an image, 2^17 in all, labels (n,) with -1 = none"""
+    -> {name: ClusterProbe, if there are labels with .classes, by majority}, features (n,D) of at
+    most CELLS of an image, 2^17 in all, labels (n,) with -1 = none"""
     images = min(images, len(dataset))
     points = max(1, min(common.CELLS, 2 ** 17 // images))
     features, labels = sample_points(encoder, dataset, device, points, images, seed, workers)
-    probes, votes = {}, {}
+    probes = {}
     for name, number in numbers.items():
         centres = kmeans(features, number, seed=seed)
         probes[name] = ClusterProbe(*centres.T.shape)
@@ -407,8 +401,8 @@ def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=
         if (labels >= 0).any():
             nearest = torch.cat([(x @ centres.T).argmax(1) for x in features.split(16384)])
             counts = confusion_matrix(nearest, labels, number, dataset.classes)
-            votes[name] = majority(counts)
-    return probes, votes, features, labels
+            probes[name].classes = majority(counts)
+    return probes, features, labels
 
 
 def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, steps=100):
@@ -435,10 +429,10 @@ def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, st
         adam.param_groups[0]["lr"] = 5e-3 * (1 - step / len(loader))
         for batch in same_size(items):
             image, label = batch["image"].to(device), batch["label"].to(device)
-            large = padded(image, patch_of(encoder))
             with torch.no_grad():
-                code = (encoder(large).float() - mean) / deviation
-            logits = upsample(probe(code), label.shape[1:], (image.shape[2:], large.shape[2:]))
+                code = (encode(encoder, image) - mean) / deviation
+            sides = label.shape[1:], image.shape[2:], patch_of(encoder)
+            logits = upsample(probe(code), *sides)
             adam.zero_grad()
             linear_loss(logits, label).backward()
             adam.step()
@@ -524,14 +518,12 @@ def box(text, width=None, colour=(255, 255, 255)):
 
 def stack(pictures, down=False, gap=4):
     """Pictures side by side, or one below the other, on white."""
-    along, place = int(down), [0, 0]
     sizes = np.reshape([picture.size for picture in pictures], (-1, 2)).astype(int) + gap
-    size = sizes.max(0, initial=1)
-    size[along] = sizes[:, along].sum()
+    places = (sizes.cumsum(0) - sizes) * ((0, 1) if down else (1, 0))
+    size = (places + sizes).max(0, initial=1)
     whole = Image.new("RGB", tuple(size.tolist()), "white")
-    for picture in pictures:
+    for picture, place in zip(pictures, places.tolist()):
         whole.paste(picture, tuple(place))
-        place[along] += picture.size[along] + gap
     return whole
 
 
@@ -607,13 +599,12 @@ def write_png(path, picture):
 
 
 # ---------------------------------------------------------------- scores.json and tables
-
 TITLES = {"linear": "linear probe", "kmeans": "K-means, raw"}
 
 
-def rows_of(result, val, votes=None, suffix=""):
+def rows_of(result, val, probes=None, suffix=""):
     """What `evaluate` counted -> {title: scores}, nothing without labels.
-    votes: {name of a clustering: class of each cluster}, in place of a majority on val itself."""
+    probes: {name: probe}, whose .classes stand in place of a majority on val itself."""
     rows = {}
     for name, counts in result.items():
         if not val.classes or not torch.is_tensor(counts):
@@ -621,7 +612,7 @@ def rows_of(result, val, votes=None, suffix=""):
         linear = name.startswith("linear")
         rows[name + suffix] = scores(counts if linear else matched(counts, hungarian(counts)))
         if not linear and len(counts) != val.classes:  # many-to-one: ViCE's cluster model
-            classes = (votes or {}).get(name, majority(counts))
+            classes = getattr((probes or {}).get(name), "classes", majority(counts))
             rows[f"{name}, majority{suffix}"] = scores(matched(counts, classes))
     return rows
 
@@ -730,16 +721,14 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
     assignment = hungarian(counts)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
-    path, weights = folder / f"{prefix}scores.json", common.digest(model)
-    scored = seal({"how": [val.split, val.size, val.protocol, val.names], "files": val.files()})
+    path, how = folder / f"{prefix}scores.json", [val.split, val.size, val.protocol, val.names]
+    what = {"weights": common.digest(model), "scored": seal({"how": how, "files": val.files()})}
     before = saved_scores(path)
-    if (before.get("weights"), before.get("scored")) != (weights, scored):
-        before = {}
+    before = before if what.items() <= before.items() else {}
     content = {**before, **found, "images": len(val), "labelled": result["labelled"],
                "failed": result["failed"], "classes": val.names, "names": names,
-               "palette": palette.tolist(), "matching": ids, "weights": weights, "scored": scored,
-               "versions": common.versions(device)}
-    text = json.dumps(content, default=torch.Tensor.tolist)
+               "palette": palette, "matching": ids, **what, "versions": common.versions(device)}
+    text = json.dumps(content, default=lambda x: x.tolist())
     content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
     content["seal"] = seal(content)
     common.write(path, json.dumps(content, indent=1).encode())
@@ -823,7 +812,7 @@ def score_run(folder, options, device):
     backbone, a linear model as well, ViCE's own for a run of ViCE or with --filters. Where a run is
     scored in another way than by itself, the files' names say so."""
     model, args, checkpoint = open_run(folder, options, device)
-    val, probes, votes = load_data(options, args, options.split, model), {}, {}
+    val, probes = load_data(options, args, options.split, model), {}
     other = options.data not in (None, args.data)
     fresh = other or not folder  # there are no probes for these classes
     parts = val.name * other, val.split * (val.split != "val"), options.size, options.protocol
@@ -850,8 +839,8 @@ def score_run(folder, options, device):
     if numbers or options.filters:
         train = load_data(options, args, "train", model)
         images = 1000 if folder else len(train)  # the raw linear probe's start, too
-        probes, votes, codes, labels = clusterings(model, train, device, numbers, args.seed, images,
-                                                   options.workers)
+        probes, codes, labels = clusterings(model, train, device, numbers, args.seed, images,
+                                            options.workers)
     if options.filters or other and fit:
         filters = options.filters or args.filters
         probes[f"linear, {filters} filters"] = fit(model, train, filters, args)
@@ -870,7 +859,7 @@ def score_run(folder, options, device):
         found = evaluate(model, val, device, flip, crf, options.batch_size, options.workers,
                          suffix[3:] or "evaluation", probes)
         result = result or found
-        rows |= rows_of(found, val, votes, suffix)
+        rows |= rows_of(found, val, probes, suffix)
     paths = (val if val.classes else load_data(options, args, "all", model)).paths
     rows = write_report(out, model, val, result, rows, paths, prefix)
     return args, rows, tell("scored", result["failed"])
@@ -1018,8 +1007,8 @@ def path_picture(folder, options, device):
     if item["error"]:
         raise ValueError(f"{item['path']} cannot be drawn: {item['error']}")
     image, label = item["image"][None].to(device), item["label"]
-    feats = model.backbone(padded(image, patch_of(model)))[0].cpu()
-    code, found = encode(model, image)[0].cpu(), predict(model, image)["cluster"][0].cpu()
+    feats, code = (encode(x, image)[0].cpu() for x in (model.backbone, model))
+    found = predict(model, image)["cluster"][0].cpu()
     stations = {"image": (item["image"], photo_of(item)),
                 "features": (feats, principal_colours(feats)),
                 "code": (code, principal_colours(code)),
@@ -1036,7 +1025,6 @@ def path_picture(folder, options, device):
 
 
 # ---------------------------------------------------------------- the authors' checkpoints
-
 OFFICIAL = {  # published name -> ours, by prefix; what has no place in our models stays behind
     "stego": {"net.cluster1.0.": "head.linear.", "net.cluster2.": "head.mlp.",
               "cluster_probe.": "cluster.", "linear_probe.": "linear."},
@@ -1112,7 +1100,6 @@ def import_official(options):
 
 
 # ---------------------------------------------------------------- command line
-
 COMMANDS = {  # option that says what is done -> what else it uses, beside --device
     "official": "data arch out root weights",
     "images": "runs out root weights size crf flip tile clusters names head legend",

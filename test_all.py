@@ -986,7 +986,7 @@ def test_eval_prediction_is_upsample_then_probe():
             clear = top[:, 0] - top[:, 1] > 1e-5  # not a tie to rounding
             assert clear.float().mean() > 0.99
             assert torch.equal(found[head][clear], logits.argmax(1)[clear])
-    arguments = torch.randn(1, 7, 5, 6), (20, 24), ((5, 6), (5, 6))
+    arguments = torch.randn(1, 7, 5, 6), (20, 24), (5, 6), 1
     close(eval_.arg_max(*arguments, limit=1000), eval_.arg_max(*arguments), 0)
 
 def test_eval_tiles_equal_the_whole():
