@@ -181,10 +181,9 @@ def patch_of(model):
 
 
 def encode(model, images, flip=False, tile=None):
-    """images (B,3,H,W) of any size -> code (B,K,h,w), which covers the images with their last
-    pixels repeated, to whole patches. flip: the mean with the mirrored code of the mirrored image.
-    tile: in overlapping squares of that many pixels, blended, where attention would need too much
-    memory."""
+    """images (B,3,H,W) of any size -> code (B,K,h,w) of whole patches: last pixels are repeated.
+    flip: the mean with the mirrored code of the mirrored image. tile: in overlapping squares of
+    that many pixels, blended, for images whose attention would not fit into memory."""
     patch = patch_of(model)
     extra = (0, -images.shape[-1] % patch, 0, -images.shape[-2] % patch)
     images = F.pad(images, extra, mode="replicate")
@@ -235,7 +234,7 @@ def arg_max(maps, size, shape, patch, limit=2 ** 26):
 
 def probes_of(model):
     """The probes that a model brings -> {"cluster": probe} and, where it has one, "linear"."""
-    found = {"cluster": model.cluster, "linear": model.linear}
+    found = {"linear": model.linear, "cluster": model.cluster}
     return {name: probe for name, probe in found.items() if probe is not None}
 
 
@@ -317,9 +316,8 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
              what="evaluation", probes=None):
     """Count predictions against labels over a whole data set; only counts are kept.
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "labelled": number of
-    images with a label; "failed": [(path, reason)]}, summed over processes.
-    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or None).
-    probes: see `predict`."""
+    images with a label; "failed": [(path, reason)]}, summed over processes. probes: of `predict`.
+    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or None)."""
     model.eval()
     classes, labelled, failed = dataset.classes, 0, []
     probes = probes or probes_of(model)
@@ -538,8 +536,7 @@ def legend(ids, names, palette, width=640):
     column = max((box(text).width for text in texts), default=1)
     boxes = [box(text, column, colour) for text, colour in zip(texts, paint(ids, palette))]
     count = max(1, width // (column + 4))
-    rows = [stack(boxes[i:i + count]) for i in range(0, len(boxes), count)]
-    return stack(rows, down=True)
+    return stack([stack(boxes[i:i + count]) for i in range(0, len(boxes), count)], down=True)
 
 
 def confusion_picture(confusion, names, title):
