@@ -108,7 +108,8 @@ def hungarian(confusion):
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
     tensor([ 1,  0, -1])"""
-    rows, columns = map(torch.from_numpy, linear_sum_assignment(confusion.cpu(), maximize=True))
+    pairs = linear_sum_assignment(confusion.cpu(), maximize=True)
+    rows, columns = map(torch.from_numpy, pairs)
     return torch.full((len(confusion),), -1).scatter(0, rows, columns)
 
 
@@ -536,7 +537,8 @@ def legend(ids, names, palette, width=640):
     column = max((box(text).width for text in texts), default=1)
     boxes = [box(text, column, colour) for text, colour in zip(texts, paint(ids, palette))]
     count = max(1, width // (column + 4))
-    return stack([stack(boxes[i:i + count]) for i in range(0, len(boxes), count)], down=True)
+    rows = [stack(boxes[i:i + count]) for i in range(0, len(boxes), count)]
+    return stack(rows, down=True)
 
 
 def confusion_picture(confusion, names, title):
@@ -718,7 +720,8 @@ def write_report(folder, model, val, result, found, paths, prefix=""):
     assignment = hungarian(counts)
     model.named = ids, names, palette = naming(assignment, val.names, val.palette)
     model.eval_size = val.size
-    path, how = folder / f"{prefix}scores.json", [val.split, val.size, val.protocol, val.names]
+    path = folder / f"{prefix}scores.json"
+    how = [val.split, val.size, val.protocol, val.names]
     what = {"weights": common.digest(model), "scored": seal({"how": how, "files": val.files()})}
     before = saved_scores(path)
     before = before if what.items() <= before.items() else {}
@@ -761,7 +764,8 @@ def load_run(folder, device="cpu", weights=None):
     module = importlib.import_module(method) if method in own else None
     if not hasattr(module, "Model"):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
-    args = argparse.Namespace(**common.check_args(module.arguments(), checkpoint["args"], folder))
+    saved = common.check_args(module.arguments(), checkpoint["args"], folder)
+    args = argparse.Namespace(**saved)
     args.weights, args.out = weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
