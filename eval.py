@@ -225,7 +225,7 @@ def upsample(x, size, shape, patch):
 def arg_max(maps, size, shape, patch, limit=2 ** 26):
     """maps (B,C,h,w) -> (B,*size) arg-max over channels after `upsample`, in bounded memory."""
     step = max(1, limit // (len(maps) * size[0] * size[1]))
-    best, index = maps.new_tensor(-math.inf), 0
+    best, index = maps.new_full((), -math.inf), 0
     for start in range(0, maps.shape[1], step):
         value, place = upsample(maps[:, start:start + step], size, shape, patch).max(1)
         index = torch.where(value > best, place + start, index)
