@@ -79,8 +79,12 @@ def tensors(name):
     """The arrays of a reference file as {name: tensor}; text stays an array."""
     return {k: torch.from_numpy(v) if v.dtype.kind in "biuf" else v for k, v in golden(name).items()}
 
-def close(a, b, absolute, relative=0.0, what="it"):
-    """Assert |a - b| <= absolute + relative |b| everywhere, shapes equal."""
+def close(a, b, absolute, relative=0.0, what="it", inputs=()):
+    """Assert |a - b| <= absolute + relative |b| everywhere, shapes equal; the gradients of inputs, too."""
+    if inputs:
+        weights = torch.linspace(1, 2, a.numel()).view(a.shape).to(a)
+        for pair in zip(*(torch.autograd.grad(x, inputs, weights) for x in (a, b))):
+            close(*pair, absolute, what="a gradient")
     a, b = (torch.as_tensor(np.asarray(x.detach() if torch.is_tensor(x) else x), dtype=torch.float64)
             for x in (a, b))
     torch.testing.assert_close(a, b, atol=absolute, rtol=relative, msg=lambda text: f"{what}: {text}")
@@ -89,11 +93,6 @@ def match(z, absolute, names="{}", /, relative=0.0, **values):
     """Assert that each value is close to the reference z[its name, the name put into `names`]."""
     for name, value in values.items():
         close(value, z[names.format(name)], absolute, relative, names.format(name))
-
-def gradients_close(a, b, inputs, absolute):
-    """Assert that two losses have the same gradients."""
-    for x, y in zip(torch.autograd.grad(a, inputs), torch.autograd.grad(b, inputs)):
-        close(x, y, absolute)
 
 def refuses(kind, words, call, *args, **options):
     """Assert that the call raises `kind` with one line that says `words`."""
@@ -1143,8 +1142,7 @@ def test_stego_loss_equals_loops():
         s = (unit[2][n, :, i] @ unit[3][n, :, j]).clamp(min=0)
         expected = expected - (centred - 0.2) * s / 72
     loss = stego.correlation_loss(fa, fb, ca, cb, 0.2)
-    close(loss, expected, 1e-12)
-    gradients_close(loss, expected, ca, 1e-12)
+    close(loss, expected, 1e-12, inputs=[ca])
 
 def test_stego_shifted_permutation():
     for n in (2, 3, 7):
@@ -1228,8 +1226,7 @@ def test_hp_loss_equals_loops():
                     losses.append(-logs / sum(w.values()) * shares[-1])
             expected = expected + 0.5 / 0.07 * sum(losses) / sum(shares) / 4
         found = hp.contrastive_loss(z, z_mix, ag, sp, negatives, 0.3, 0.5, reweight)
-        close(found, expected, 1e-5)
-        gradients_close(found, expected, (z, z_mix), 1e-5)
+        close(found, expected, 1e-5, inputs=[z, z_mix])
 
 def test_hp_fast_loss_equals_the_plain_one():
     for B, N, K, density, lam, reweight, parts in (
@@ -1238,8 +1235,7 @@ def test_hp_fast_loss_equals_the_plain_one():
         z, z_mix, *masks = hp_example(B, N, K, density)
         plain = hp.contrastive_loss(z, z_mix, *masks, lam, 0.5, reweight)
         fast = hp_fast(z, z_mix, *masks, lam, 0.5, reweight, parts=parts)
-        close(fast, plain, 1e-5, 1e-5)
-        gradients_close(fast, plain, (z, z_mix), 1e-5)
+        close(fast, plain, 1e-5, 1e-5, inputs=[z, z_mix])
         assert density or plain == 0  # no anchor has a positive
 
 def test_hp_passes_compile_to_one_graph_each():  # as on CUDA, with two kinds of blocks
@@ -1262,9 +1258,7 @@ def test_hp_local_mix():
         for j in near:
             if w[j] >= w.mean():
                 expected[:, i] += w[j] / len(near) * code[0].flatten(1)[:, j]
-    found, direction = hp.mix_local(code, attention)[0].flatten(1), torch.randn(2, 12)
-    close(found, expected, 1e-6)
-    gradients_close((found * direction).sum(), (expected * direction).sum(), code, 1e-6)
+    close(hp.mix_local(code, attention)[0].flatten(1), expected, 1e-6, inputs=[code])
     z = tensors("hp_lhp.npz")
     match(z, 1e-6, code_mix=hp.mix_local(z["code"], z["attn"]))
 
@@ -1281,8 +1275,7 @@ def test_hp_naive_loss_equals_the_whole_matrix():
     logit = torch.cat([z, view]) @ torch.cat([z, view]).T / 0.5
     logit = logit.masked_fill(torch.eye(12, dtype=torch.bool), -math.inf)
     expected = 0.5 / 0.07 * F.cross_entropy(logit, (torch.arange(12) + 6) % 12)
-    close(hp.naive_loss(z, view, 3, 0.5), expected, 1e-5)
-    gradients_close(hp.naive_loss(z, view, 3, 0.5), expected, view, 1e-5)
+    close(hp.naive_loss(z, view, 3, 0.5), expected, 1e-5, inputs=[view])
 
 
 # ---------------------------------------------------------------- cause
@@ -1348,12 +1341,10 @@ def test_cause_fast_forms_equal_the_plain_ones():
         with mock.patch.object(cause, "at_once", lambda x: elements):
             plain, fast = (cause.modularity_loss(x, book, together=form)
                            for form in (cause.largest_product, cause.largest_product_fast))
-            close(fast, plain, 1e-6)
-            gradients_close(fast, plain, [book], 1e-6)
+            close(fast, plain, 1e-6, inputs=[book])
             fast, images = cause.contrast_bank(codes, code, projection, bank, similarity)
             plain, wanted = cause.contrast(codes, projection(code), *bank.contents(), similarity)
-            close(fast, plain, 1e-5)
-            gradients_close(fast, plain, [code, projection.weight, projection.bias], 1e-5)
+            close(fast, plain, 1e-5, inputs=[code, *projection.parameters()])
             assert images == wanted
         bank.update(torch.randint(24, (60,)), torch.randn(60, 20), torch.randperm(60))
 
@@ -1569,8 +1560,7 @@ def test_vice_region_means():
     for small in (maps.float(), maps[:, :, ::4, ::4].float()):  # few and many regions per cell
         small = small.repeat(2, 1, 1, 1).requires_grad_()
         pair = [form(small, torch.cat([labels, labels.flip(1)]), count) for form in forms]
-        close(*pair, 1e-5)
-        gradients_close(*(x[:, :, 0].sum() for x in pair), [small], 1e-5)
+        close(*pair, 1e-5, inputs=[small])
 
 def test_vice_lars_and_learning_rate_equal_the_published_ones():
     z = tensors("vice_larc.npz")
