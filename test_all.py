@@ -1,10 +1,7 @@
-"""All tests: `python test_all.py`, or `python test_all.py -k NAME [NAME]` for those whose name contains NAME.
+"""All tests: `python test_all.py`, or `python test_all.py -k NAME` for those whose name contains NAME.
 
 They run on a CPU without any download in about four minutes. `-k cuda` runs what needs a GPU, `-k stress`
-the long ones, both left out otherwise: 20 runs killed at random moments and 50 processes killed while saving;
-25 resumes, of every method at its first five checkpoints; 50 trainings on 1 to 17 photos; 15 odd kinds of
-images and 10 unreadable ones in 14 trainings and 5 segmentations; 2,000 steps and 2,000 segmented photos at
-constant memory; SIGINT and SIGTERM; 2 and 4 processes; every training command of the README.
+the long ones, such as runs killed at random moments; both are left out otherwise.
 
 USS_GOLDEN=DIR names a folder of reference numbers of the published implementations, which are not part of
 the repository; the tests that compare with them skip without it.
@@ -37,7 +34,7 @@ import time
 import unittest
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, wraps
+from functools import cache, partial
 from itertools import permutations, product
 from pathlib import Path
 from unittest import mock
@@ -100,13 +97,13 @@ def refuses(kind, words, call, *args, **options):
         call(*args, **options)
     assert "\n" not in str(seen.exception), seen.exception
 
-def put(path, content, **options):
+def put(path, content):
     """Write a file: text, bytes, or an image from an array or a tensor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, (str, bytes)):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     else:
-        Image.fromarray(np.asarray(content, np.uint8)).save(path, **options)
+        Image.fromarray(np.asarray(content, np.uint8)).save(path)
 
 def words_of(words):
     """("--size 48 --out", Path) -> ["--size", "48", "--out", "..."]: text is split, a path is not."""
@@ -142,18 +139,15 @@ def weights(folder):
     """What a run has trained: {name: tensor}."""
     return common.load_checkpoint(folder)["model"]
 
-def same(a, b):
-    """Whether two run folders, or two {name: tensor}, hold the same numbers."""
-    a, b = (x if isinstance(x, dict) else weights(x) for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
 def scores_of(folder):
     return json.loads((folder / "scores.json").read_text())
 
-def same_run(a, b):
-    """Assert that two run folders hold the same weights and scores."""
-    assert same(a, b), f"{a} and {b}: other weights"
-    assert all(scores_of(a)[key] == scores_of(b)[key] for key in ("cluster", "linear"))
+def same(a, b):
+    """Whether two {name: tensor} hold the same numbers, or two run folders, then also the same scores."""
+    if isinstance(a, Path):
+        scores = [[scores_of(folder)[key] for key in ("cluster", "linear")] for folder in (a, b)]
+        return scores[0] == scores[1] and same(weights(a), weights(b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def write_scenes(path, n=6, size=48, labels="real"):
     """Drawn scenes as a user's folder of images, with labels "real", "noise" or None."""
@@ -1648,13 +1642,6 @@ def test_san_crops():
 
 # ---------------------------------------------------------------- runs: all methods alike
 
-def each_method(test):
-    """Make test_NAME_METHOD of a function of a method, for the five of them."""
-    for method in METHODS:
-        one = globals()[f"{test.__name__}_{method}"] = partial(test, method)
-        one.__name__ = f"{test.__name__}_{method}"
-
-@each_method
 def test_smoke(method):
     out = finished(method)
     for name in ("args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png", "scores.json"):
@@ -1663,7 +1650,7 @@ def test_smoke(method):
     assert all(0 <= found[head]["miou"] <= 1 for head in ("cluster", "linear", "kmeans"))
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert lines and all(math.isfinite(line["loss"]) for line in lines)
-    assert same(out, common.trained(eval_.load_run(out)[0]))  # rebuilt from method and options alone
+    assert same(weights(out), common.trained(eval_.load_run(out)[0]))  # rebuilt from method and options alone
 
 def cut(method, out, saves, *words):
     """Train as `smoke` does, but die after so many checkpoints, where the next one is due."""
@@ -1671,16 +1658,14 @@ def cut(method, out, saves, *words):
     with mock.patch.object(common, "save", dies):
         smoke(method, out, *words)
 
-@each_method
 def test_resume(method, tmp, saves=(2, 4)):
     """A run that dies after its n-th checkpoint and is resumed elsewhere: same weights, same scores."""
     for n in saves:
         moved = tmp / f"moved{n}"
         cut(method, tmp / "cut", n)
         expect(run(method, "--resume", shutil.move(tmp / "cut", moved)), 0)
-        same_run(finished(method), moved)
+        assert same(finished(method), moved), n
 
-@each_method
 def test_labels_never_reach(method, tmp):
     """Noise for labels, or none at all: everything but the linear probe is the same, bit for bit."""
     real = weights(finished(method))
@@ -1712,7 +1697,7 @@ def test_place_is_taken_out(tmp):
     assert net.less(torch.zeros(1, 24, 8, 6)).shape == (1, 24, 8, 6)  # other grids
     expect(smoke("cause", tmp / "out", "--remove-position"), 0, "is taken out")
     expect(smoke("cause", tmp / "in", "--no-remove-position"), 0)
-    assert not same(tmp / "out", tmp / "in")
+    assert not same(weights(tmp / "out"), weights(tmp / "in"))
     expect(run("cause", "--resume", tmp / "out"), 0)
 
 def test_bad_input_is_one_line_and_exit_2(tmp):
@@ -2080,7 +2065,7 @@ def test_stress_killed_at_twenty_random_moments(tmp):
             content = common.load_checkpoint(killed)
             hit.add((method, content["phase"], content["step"]))
         expect(run(method, "--resume", killed), 0)
-        same_run(whole, killed)
+        assert same(whole, killed), method
     assert len(hit) > 15, hit  # as many different steps
 
 def test_stress_fifty_kills_while_saving(tmp):
@@ -2101,7 +2086,7 @@ def test_stress_fifty_kills_while_saving(tmp):
 
 def test_stress_resume_every_method_at_every_checkpoint(tmp):
     for method in METHODS:
-        globals()[f"test_resume_{method}"](tmp=tmp / method, saves=range(1, 6))
+        test_resume(method, tmp / method, saves=range(1, 6))
 
 def test_stress_soak(tmp):
     """2,000 steps, and 2,000 photos segmented: memory does not grow."""
@@ -2321,32 +2306,28 @@ def test_examples_in_docstrings_are_true():
 
 # ---------------------------------------------------------------- runner
 
-def given(test):
+def given(test, method):
     """The test in a working directory of its own, `tmp`, where it asks for that; what it prints is `told`."""
-    @wraps(test)
-    def inside():
+    def inside(self):
         if torch.cuda.device_count() < ("cuda" in test.__name__) + ("cuda_two" in test.__name__):
-            raise unittest.SkipTest("needs a GPU, or two")
+            self.skipTest("needs a GPU, or two")
         with (tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp),
               contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told)):
             torch.manual_seed(0)
-            have = {"tmp": Path(tmp), "told": told}
+            have = {"tmp": Path(tmp), "told": told, "method": method}
             test(**{name: have[name] for name in inspect.signature(test).parameters if name in have})
     return inside
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("-k", nargs="+", default=[""], metavar="NAME", help="those whose name contains NAME")
-    words = parser.parse_args().k
-    rare = {kind for kind in ("stress", "cuda") if not any(kind in word for word in words)}
-    tests = [unittest.FunctionTestCase(given(f), description=name) for name, f in globals().items()
-             if name.startswith("test_") and f and any(word in name for word in words)
-             and not any(kind in name for kind in rare)]
-    gc.freeze()  # every command collects garbage: three times as long with all modules in it
-    result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(unittest.TestSuite(tests))
-    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
-    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0 or not tests)
+def load_tests(loader, *_):
+    """Every function test_*, or one for each method where it asks for that, for unittest.main."""
+    case = type("Test", (unittest.TestCase,), {})
+    for name, test in globals().items():
+        rare = [kind for kind in ("stress", "cuda") if kind in name and kind not in " ".join(sys.argv)]
+        if name.startswith("test_") and not rare:
+            for method in METHODS if "method" in inspect.signature(test).parameters else [""]:
+                setattr(case, f"{name}_{method}".strip("_"), given(test, method))
+    return loader.loadTestsFromTestCase(case)
 
 if __name__ == "__main__":
-    main()
+    gc.freeze()  # every command collects garbage: three times as long with all modules in it
+    unittest.main(verbosity=2)
