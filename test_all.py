@@ -290,12 +290,13 @@ def test_backbones_dino_equals_stego():
 
 def test_backbones_positions():
     z = golden("cause_posembed.npz")
-    for table, name, h, rule in (
-            ("pos_embed", "dino_20x20", 20, "offset"), ("pos_embed", "dino_same", 14, "offset"),
-            ("pos_embed", "msn_20x20", 20, "size"), ("pos_embed_v2", "dinov2_23x23", 23, "offset"),
-            ("pos_embed_v2", "dinov2_16x16", 16, "offset"), ("pos_embed_8", "dino8_40x40", 40, "offset")):
-        stored = torch.tensor(z[table])
-        vit = common.ViT(stored.shape[2], 1, 1, 16, side=int((stored.shape[1] - 1) ** 0.5), position=rule)
+    for name, table in (
+            ("dino_20x20", "pos_embed"), ("dino_same", "pos_embed"), ("msn_20x20", "pos_embed"),
+            ("dinov2_23x23", "pos_embed_v2"), ("dinov2_16x16", "pos_embed_v2"),
+            ("dino8_40x40", "pos_embed_8")):
+        stored, h = torch.tensor(z[table]), math.isqrt(z[name].shape[1])
+        rule = "size" if "msn" in name else "offset"
+        vit = common.ViT(stored.shape[2], 1, 1, 16, side=math.isqrt(stored.shape[1]), position=rule)
         vit.pos_embed.data = stored
         close(vit.positions(h, h), z[name], 1e-6)
 
@@ -1616,9 +1617,8 @@ def test_san_folded_equals_plain():
 def test_san_switches_and_the_rest_of_the_batch():
     """Options move what they should; a prediction depends on others only as published (batch)."""
     images = torch.randn(4, 3, 16, 16, dtype=torch.double)
-    for option in ("gates=none", "gates=softmax", "semantics=average", "semantics=image",
-                   "semantics=batch"):
-        name, value = option.split("=")
+    for name, value in (("gates", "none"), ("gates", "softmax"), ("semantics", "average"),
+                        ("semantics", "image"), ("semantics", "batch")):
         model = san_model(**{name: value})
         loss, code, grads = [san_step(model, images) for _ in range(3)][-1]
         assert np.isfinite(loss) and torch.isfinite(code).all()
@@ -1627,7 +1627,7 @@ def test_san_switches_and_the_rest_of_the_batch():
                    if "b2" not in k and "in_proj_bias" not in k)
         with torch.no_grad():
             same = torch.allclose(model.eval()(images)[:1], model(images[:1]), atol=1e-10)
-        assert same == (value != "batch"), option
+        assert same == (value != "batch"), value
 
 def test_san_crops():
     for h, w in ((24, 40), (8, 40)):  # the second is narrower than a crop
@@ -1644,12 +1644,9 @@ def test_san_crops():
 
 def test_smoke(method):
     out = finished(method)
-    for name in ("args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png", "scores.json"):
-        assert (out / name).stat().st_size > 0, name
-    found = scores_of(out)
-    assert all(0 <= found[head]["miou"] <= 1 for head in ("cluster", "linear", "kmeans"))
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert lines and all(math.isfinite(line["loss"]) for line in lines)
+    written = {path.name for path in out.iterdir() if path.stat().st_size > 0}
+    assert written >= {"args.json", "log.jsonl", "last.pt", "samples.png", "confusion.png"}, written
+    assert scores_of(out).keys() >= {"cluster", "linear", "kmeans"}
     assert same(weights(out), common.trained(eval_.load_run(out)[0]))  # rebuilt from method and options alone
 
 def cut(method, out, saves, *words):
@@ -2084,9 +2081,8 @@ def test_stress_fifty_kills_while_saving(tmp):
         content = torch.load(tmp / "last.pt", weights_only=True)
         assert (content["x"] == content["step"]).all()
 
-def test_stress_resume_every_method_at_every_checkpoint(tmp):
-    for method in METHODS:
-        test_resume(method, tmp / method, saves=range(1, 6))
+def test_stress_resume_at_every_checkpoint(method, tmp):
+    test_resume(method, tmp, saves=range(1, 6))
 
 def test_stress_soak(tmp):
     """2,000 steps, and 2,000 photos segmented: memory does not grow."""
@@ -2099,10 +2095,10 @@ def test_stress_soak(tmp):
     expect(run("eval", tmp / "run", "--images", *tmp.glob("*.png"), "--out", tmp / "out"), 0)
     assert late < early + 0.05 and common.peak_memory(torch.device("cpu")) < before + 0.5
 
-def test_stress_tiny_data_sets(tmp):
-    """1, 2, 3, 5 and 17 images, with and without labels; every run is scored once more."""
-    for method, n, labels in product(METHODS, (1, 2, 3, 5, 17), (None, "real")):
-        out, mine = (tmp / f"{method} {n} {labels}" / name for name in ("run", "set"))
+def test_stress_tiny_data_sets(method, tmp):
+    """With and without labels; every run is scored once more."""
+    for n, labels in product((1, 2, 3, 5, 17), (None, "real")):
+        out, mine = (tmp / f"{n} {labels}" / name for name in ("run", "set"))
         found = smoke(method, out, "--data", write_scenes(mine, n, labels=labels), "--steps 3 --clusters 27")
         expect(found, 0, "scores.json", "mIoU" if labels else "no labels")
         assert all(x.isfinite().all() for x in weights(out).values())
@@ -2128,27 +2124,23 @@ def test_stress_odd_images_in_training(tmp):
         for text in (found, run("eval", tmp / method)):
             expect(text, 1, f"not scored: {root}/cut.jpg: ")
 
-def test_stress_odd_images_in_segmentation(tmp):
+def test_stress_odd_images_in_segmentation(method, tmp):
     root, bad = write_odd(tmp / "odd"), len(BROKEN + CUT)
-    for method in METHODS:
-        found = run("eval", finished(method), "--images", root, "--out", tmp / method)
-        expect(found, 1, f"segmented {len(SOUND)} of {len(SOUND) + bad} images")
-        assert found[1].count("not segmented: ") == bad, found[1]
-        for name, size in SOUND.items():
-            for end in (".png", "_overlay.png"):
-                assert Image.open(tmp / method / (os.path.splitext(name)[0] + end)).size == size, name
+    found = run("eval", finished(method), "--images", root, "--out", tmp / "out")
+    expect(found, 1, f"segmented {len(SOUND)} of {len(SOUND) + bad} images")
+    assert found[1].count("not segmented: ") == bad, found[1]
+    for (name, size), end in product(SOUND.items(), (".png", "_overlay.png")):
+        assert Image.open(tmp / "out" / (os.path.splitext(name)[0] + end)).size == size, name
 
-def test_stress_files_that_vanish(tmp):
-    original = common.Run.log
-    for method in METHODS:
-        mine = write_scenes(tmp / method / "set", 8, labels=None)
+def test_stress_files_that_vanish(method, tmp):
+    mine, log = write_scenes(tmp / "set", 8, labels=None), common.Run.log
 
-        def gone(self, **terms):
-            (mine / "photos/1.png").unlink(missing_ok=True)
-            original(self, **terms)
-        with mock.patch.object(common.Run, "log", gone):
-            code, text = smoke(method, tmp / method / "run", "--data", mine)
-        assert code in (0, 1) and "Traceback" not in text, text
+    def gone(self, **terms):
+        (mine / "photos/1.png").unlink(missing_ok=True)
+        log(self, **terms)
+    with mock.patch.object(common.Run, "log", gone):
+        code, text = smoke(method, tmp / "run", "--data", mine)
+    assert code in (0, 1) and "Traceback" not in text, text
 
 def test_stress_readme_commands_of_the_methods_run(tmp):
     write_miniatures(tmp / "data")
@@ -2174,14 +2166,12 @@ def test_cuda_smoke(tmp):
     for method, *options in (*((method,) for method in METHODS), ("cause", "--head tr")):
         expect(run(method, "--smoke --device cuda --out", tmp / f"{method}{len(options)}", *options), 0)
 
-def test_cuda_segments_as_a_cpu_does():
-    for method in METHODS:
-        images, found = data.load("scenes", split="val", size=96), []
-        for device in ("cpu", "cuda"):
-            model, *_ = eval_.load_run(finished(method), device)
-            found.append([eval_.segment_image(model, images.picture(i).permute(1, 2, 0).numpy())
-                          for i in range(20)])
-        assert np.mean(np.array(found[0]) == np.array(found[1])) > 0.995, method
+def test_cuda_segments_as_a_cpu_does(method):
+    photos, found = data.load("scenes", split="val", size=96).photos[:20], []
+    for device in ("cpu", "cuda"):
+        model, *_ = eval_.load_run(finished(method), device)
+        found.append([eval_.segment_image(model, photo) for photo in photos])
+    assert np.mean(np.array(found[0]) == np.array(found[1])) > 0.995
 
 def test_cuda_losses_and_gradients():
     z, f = (F.normalize(torch.randn(66 * 64, width), dim=1) for width in (32, 8))  # two blocks
