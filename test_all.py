@@ -515,8 +515,7 @@ def test_data_label_maps():
     three = data.SETS["potsdam3"].table[files["stego"]["potsdam_gt_in"]]
     assert np.array_equal(three, files["stego"]["potsdam_gt_out"])
 
-def test_data_transforms():
-    """Resizing and cropping equal STEGO's and CAUSE's, pixel for pixel; so do the crops' boxes."""
+def test_data_resizing_and_crops_equal_the_published_ones():
     def fit(picture, size, protocol):
         return data.fit(Image.fromarray(picture), size, protocol).numpy()
 
@@ -614,7 +613,6 @@ def test_data_published_layouts(tmp, told):
     assert val["error"].startswith("label:") and val["image"].any()
 
 def test_data_folder(tmp, told):
-    """A user's own images: odd ones, hidden files and results of ours; splits, lists and labels."""
     root, photo = write_odd(tmp / "mine"), ramp(60, 80)
     for name in (".hidden/x.png", ".y.png", "runs/x.png", "runs/x/x.png", "done/x.png", "out/x.png"):
         put(root / name, photo)
@@ -675,7 +673,6 @@ def test_data_refuses(tmp):
     assert data.open_image("large.png").size == (12000, 9000)
 
 def test_data_archives(tmp):
-    """Links, holes, bombs, members outside or below a file are refused, and nothing is written."""
     kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE}
     inside, paths = tmp / "inside", [tmp / "a.tar", tmp / "a.zip"]
     for name in ("../out.txt", f"{tmp}/out.txt", "a/../../out.txt", "ok/first.txt/b", "bomb", "holes",
@@ -853,7 +850,6 @@ def scored(confusion, rule=eval_.hungarian):
     return eval_.scores(eval_.matched(confusion, rule(confusion)))
 
 def test_eval_metric_against_brute_force():
-    """1,000 cases: ignored labels, absent classes, any number of clusters, all matchings tried."""
     rng = np.random.RandomState(0)
     for _ in range(1000):
         classes, clusters, images = map(int, rng.randint((1, 1, 0), (5, 6, 4)))
@@ -898,9 +894,8 @@ def test_eval_metric_golden():
     confusion = sum(eval_.confusion_matrix(z[f"pred{i}"], z[f"label{i}"], 6, 6) for i in range(3))
     match(z, 0, hist2=confusion)
     for ours, theirs in (("iou", "iou_by_class"), ("precision", "prc_by_class")):
-        found = scored(confusion)[ours]
-        assert torch.equal(found.isnan(), z[theirs].isnan())
-        close(100 * found.nan_to_num(), z[theirs].nan_to_num(), 1e-4)
+        found = 100 * scored(confusion)[ours]
+        close(found.nan_to_num(-1), z[theirs].nan_to_num(-1), 1e-4)
     z = tensors("data_metrics.npz")
     confusion = eval_.confusion_matrix(z["pred"], z["gt"], 6, 6)
     close(eval_.hungarian(confusion)[z["cluster_for_class"]], np.arange(6), 0)
@@ -948,7 +943,6 @@ def test_eval_prediction_is_upsample_then_probe():
         whole = [round(n * s / i) for n, s, i in zip(padded.shape[2:], size, shape[1:])]
         full = F.interpolate(encoder(padded), whole, mode="bilinear")[..., :size[0], :size[1]]
         for head, logits in (("cluster", model.cluster(full)[1]), ("linear", linear(full))):
-            assert found[head].shape == (shape[0], *size)
             top = logits.topk(2, 1).values
             clear = top[:, 0] - top[:, 1] > 1e-5  # not a tie to rounding
             assert clear.float().mean() > 0.99
@@ -1570,7 +1564,6 @@ def san_model(**options):
     return model
 
 def san_step(model, images, reconstruct=san.reconstruct_folded, target="decoded"):
-    """Loss, code and gradients of one step."""
     model.zero_grad()
     code, q, s = reconstruct(model, images, model.generator(images), common.reduce_sum)
     loss = san.reconstruction_loss(q, images) + san.consistency_loss(s, q, images, target)
@@ -1706,40 +1699,37 @@ def test_bad_input_is_one_line_and_exit_2(tmp):
     Image.fromarray(np.ones((9, 9), np.float32)).save("float.tif")
     torch.save({"cls_token": torch.zeros(1, 1, 5)}, "weights.pth")
     files = sorted(os.listdir())
-    for command, rows in {
+    for command, rows in {  # of each command: options, a hint in the message, else the option itself
             "cause": {
                 "--data camvid": "--root", "--data emty": "did you mean 'empty'", "--data text": "image",
                 "--arch vits18": "vits1", "--stps 3": "--steps", "--device toaster": "toaster",
-                "--device cuda:99": "this machine has no", "--clusters 99999999999": "--clusters",
+                "--device cuda:99": "this machine has no", "--json a": "--bench",
                 "--arch vits8 --weights weights.pth": "weights.pth",
                 "--arch vits8 --weights missing.pth": "missing.pth",
                 f"--out {done}": "already holds a run", "--resume nowhere": "last.pt",
-                "--json a": "--bench", "--clip -1": "--clip", "--steps 0": "--steps",
-                "--lr nan": "--lr", "--lr -1": "--lr", "--thresholds nan nan": "--thresholds",
-                "--seed 1e30": "--seed"},
+                "--clusters 99999999999": "", "--clip -1": "", "--steps 0": "", "--lr nan": "",
+                "--lr -1": "", "--thresholds nan nan": "", "--seed 1e30": ""},
+            "stego": {"--shift-self nan": "", f"--resume {done}": "a run of cause.py"},
+            "hp": {"--tau -1": "", "--rho nan": ""}, "vice": {"--beta 0 0": ""}, "san": {"--lr inf": ""},
             f"cause --resume {done}": {"--lr 1": "drop --lr", "--out a": "drop --out"},
             f"cause --data {images}": {
-                "--root .": "--root", f"--out {images.parent}": "other files",
-                "--clusters 5000": "too many"},
-            "stego": {"--shift-self nan": "--shift-self", f"--resume {done}": "a run of cause.py"},
-            "hp": {"--tau -1": "--tau", "--rho nan": "--rho"},
-            "vice": {"--beta 0 0": "--beta"}, "san": {"--lr inf": "--lr"},
+                "--root .": "", f"--out {images.parent}": "other files", "--clusters 5000": "too many"},
             "eval": {"": "a RUN", f"--images {images} --out a": "a RUN", "none": "no trained run",
                      "--path --arch dct8": "--arch"},
             f"eval {finished('stego')}": {
-                "--out a": "--out", f"--images {images}": "needs --out", "--arch dct8": "--arch",
-                "--embed a --tile 64": "--tile", "--head linear": "--head", "--filters 3": "--filters",
-                f"--images {images} --out a --data scenes": "--data", "--clusters 1": "--clusters",
-                f"--images {images} --out {images}": "other files", "--clusters 99999999": "--clusters"},
+                "--out a": "", "--arch dct8": "", "--head linear": "", "--filters 3": "",
+                "--clusters 1": "", "--clusters 99999999": "", "--embed a --tile 64": "--tile",
+                f"--images {images}": "needs --out", f"--images {images} --out {images}": "other files",
+                f"--images {images} --out a --data scenes": "--data"},
             "data": {"coc27": "coco27"},
-            "crf": {"": "a PHOTO", "--size": "--size", "eps.jpg": "eps.jpg", "bomb.png": "bomb.png",
-                    "float.tif": "8 bits", "gone.png": "gone.png", "photo.png --out a.xyz": "xyz"}}.items():
+            "crf": {"": "a PHOTO", "--size": "", "eps.jpg": "", "bomb.png": "", "gone.png": "",
+                    "float.tif": "8 bits", "photo.png --out a.xyz": "xyz"}}.items():
         for options, hint in rows.items():
             words = f"{command} {options}"
             trains = command.split()[0] in METHODS and not re.search("--out|--resume", words)
             found = run(*words.split(" ", 1), "--smoke --out new" * trains)
             expect(found, 2)
-            assert hint in found[1].strip().splitlines()[-1], (words, found)
+            assert (hint or options.split()[0]) in found[1].strip().splitlines()[-1], (words, found)
             assert sorted(os.listdir()) == files, words
 
 def test_a_step_that_is_not_finite_stops_the_run(tmp):
@@ -1765,8 +1755,7 @@ def test_a_step_that_is_not_finite_stops_the_run(tmp):
 
 def test_training_leaves_a_notebook_as_it_was(tmp):
     def state():
-        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        return *handlers, os.getcwd(), torch.get_num_threads()
+        return signal.getsignal(2), signal.getsignal(15), os.getcwd(), torch.get_num_threads()
     before = state()
     argv = words_of(["--smoke --workers 0 --size 48 --eval-size 48 --data", photos(), "--out", tmp / "run"])
     assert stego.train(common.parse(stego.arguments, stego.PRESETS, argv)) == 0
@@ -1952,7 +1941,7 @@ def test_attacks_that_held(tmp):
 
 # ---------------------------------------------------------------- published settings
 
-# method, data and options: what the published run had, as `--show` says it; said once where rows share it
+# method, data and options: what the published run had, as `--show` says it, once where rows share it
 PUBLISHED = """
 stego coco27 --arch vits8: steps=5000 batch_size=16 lr=0.0005 size=224 eval_size=320
     five_crop=True code_dim=70 neighbors=7 points=11 negatives=5 probe_lr=0.005
@@ -2048,22 +2037,18 @@ def killed_soon(steps, delay, method, out, photos):
     else:
         smoke(method, out, "--steps 100 --save-every 1 --data", photos)
 
-def test_stress_killed_at_twenty_random_moments(tmp):
-    """SIGKILL four times for each method, soon after a random step, with a checkpoint after every step;
-    resumed each time: weights and scores of an uninterrupted run."""
-    rng, hit = np.random.RandomState(0), set()
-    for method in METHODS:
-        whole, killed = tmp / method / "whole", tmp / method / "killed"
-        expect(smoke(method, whole, "--steps 100 --save-every 1"), 0)
-        for _ in range(4):
-            given = int(rng.randint(1, 25)), rng.uniform(0, 0.02), method, str(killed), str(photos())
-            code = f"import test_all; test_all.killed_soon(*{given})"
-            assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
-            content = common.load_checkpoint(killed)
-            hit.add((method, content["phase"], content["step"]))
-        expect(run(method, "--resume", killed), 0)
-        assert same(whole, killed), method
-    assert len(hit) > 15, hit  # as many different steps
+def test_stress_killed_at_four_random_moments(method, tmp):
+    """Soon after a random step, with a checkpoint after every step; resumed, the same weights and scores."""
+    rng, hit, whole, killed = np.random.RandomState(len(method)), set(), tmp / "whole", tmp / "killed"
+    expect(smoke(method, whole, "--steps 100 --save-every 1"), 0)
+    for _ in range(4):
+        given = int(rng.randint(1, 25)), rng.uniform(0, 0.02), method, str(killed), str(photos())
+        code = f"import test_all; test_all.killed_soon(*{given})"
+        assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
+        content = common.load_checkpoint(killed)
+        hit.add((content["phase"], content["step"]))
+    expect(run(method, "--resume", killed), 0)
+    assert same(whole, killed) and len(hit) > 2, hit  # as many different steps
 
 def test_stress_fifty_kills_while_saving(tmp):
     code = ("import common, itertools, sys, torch; from pathlib import Path\n"
@@ -2096,7 +2081,6 @@ def test_stress_soak(tmp):
     assert late < early + 0.05 and common.peak_memory(torch.device("cpu")) < before + 0.5
 
 def test_stress_tiny_data_sets(method, tmp):
-    """With and without labels; every run is scored once more."""
     for n, labels in product((1, 2, 3, 5, 17), (None, "real")):
         out, mine = (tmp / f"{n} {labels}" / name for name in ("run", "set"))
         found = smoke(method, out, "--data", write_scenes(mine, n, labels=labels), "--steps 3 --clusters 27")
@@ -2272,8 +2256,8 @@ COPIED = {  # what others copy: calls with small numbers
     "hp": "z, all = F.normalize(torch.randn(8, 4), dim=1), torch.ones(8, 8) > 0\n"
           "contrastive_loss(z, z, all, all, all[:4], 0.5, 0.6)",
     "cause": "modularity_loss(torch.randn(2, 6, 4), torch.randn(3, 4))",
-    "vice": "slic(torch.zeros(9, 9, 3).byte(), 3); region_mean(torch.ones(4, 3, 3), torch.eye(3).long(), 2)\n"
-            "sinkhorn(torch.randn(5, 3)); LARS([torch.zeros(2, requires_grad=True)], 0.1)",
+    "vice": "slic(torch.zeros(9, 9, 3).byte()); LARS([torch.zeros(2, requires_grad=True)], 0.1)\n"
+            "sinkhorn(torch.randn(5, 3))",
     "san": "semantic_attention(torch.randn(1, 4, 3, 3), torch.randn(1, 2, 4))",
     "crf": "dense_crf(torch.zeros(3, 8, 8).byte(), torch.randn(2, 8, 8))",
     "eval": "counts = confusion_matrix(*torch.ones(2, 4).long(), 2, 2)\n"
