@@ -162,6 +162,7 @@ def write_scenes(path, n=6, size=48, labels="real"):
         put(path / "classes.txt", "\n".join(images.names))
     return path
 
+SMALL = "--smoke --workers 0 --size 48 --eval-size 48"
 # the smallest settings with which a method does all that it does
 QUICK = {"stego": "", "hp": "", "cause": "--codebook-size 48 --codebook-steps 4 --probe-steps 4",
          "vice": "--depth 2 --views 2 --view-size 32 --prototypes 8 --code-dim 16 --filters 9",
@@ -169,8 +170,8 @@ QUICK = {"stego": "", "hp": "", "cause": "--codebook-size 48 --codebook-steps 4 
 
 def smoke(method, out, *words):
     """Train a method for a few steps on `photos()`, if the words name no others -> as `run`."""
-    quick = "--smoke --device cpu --workers 0 --save-every 3 --size 48 --eval-size 48", QUICK[method]
-    return run(method, *quick, "--clusters 6 --data", photos(), *words, "--out", out)
+    quick = SMALL, QUICK[method], "--device cpu --save-every 3 --clusters 6 --data", photos()
+    return run(method, *quick, *words, "--out", out)
 
 @cache
 def photos(labels="real"):
@@ -614,11 +615,12 @@ def test_data_published_layouts(tmp, told):
 
 def test_data_folder(tmp, told):
     root, photo = write_odd(tmp / "mine"), ramp(60, 80)
+    load = partial(data.load, str(root))
     for name in (".hidden/x.png", ".y.png", "runs/x.png", "runs/x/x.png", "done/x.png", "out/x.png"):
         put(root / name, photo)
     put(root / "done/args.json", ""), put(root / "out/.segmented", "")
     (root / "inside.jpg/up").symlink_to(root)
-    images = data.load(str(root), split="all", size=64)
+    images = load(split="all", size=64)
     names = [os.path.relpath(path, root) for path in images.paths]
     assert names == sorted([*SOUND, *CUT]), names
     assert sorted(os.path.relpath(path, root) for path, _ in images.skipped) == sorted(BROKEN)
@@ -629,29 +631,29 @@ def test_data_folder(tmp, told):
     shapes = [items[name]["label"].shape for name in ("turned.jpg", "tall.png")]
     assert shapes == [(80, 64), (256, 16)]
     close(items["deep.png"]["image"][0], items["rgba.png"]["image"][0], 0.02)  # 16 bits
-    train, val = (data.load(str(root), split=split, seed=3).paths for split in ("train", "val"))
+    train, val = (load(split=split, seed=3).paths for split in ("train", "val"))
     assert sorted(train + val) == images.paths and len(val) == 1
     put(root / "val.txt", "black.png\ninside.jpg/one.png\ntext.jpg\n")
-    assert len(data.load(str(root))) == len(names) - 2 and len(data.load(str(root), split="val")) == 2
+    assert len(load()) == len(names) - 2 and len(load(split="val")) == 2
     (root / "val.txt").unlink(), (root / "black.png").unlink()
     assert "FileNotFoundError" in images[0]["error"] and images.files()[0] == "black.png 0"  # gone since
     put(root / "black.png", photo)
     put(root / "labels/black.png", np.tile(np.arange(80) // 27, (60, 1)))
-    assert data.load(str(root), seed=3).paths == train  # labels leave the train split alone
+    assert load(seed=3).paths == train  # labels leave the train split alone
     labelled = data.load("/old/place", root, "val", size=30, protocol="squash")  # moved
     assert labelled.classes == 3 and labelled[0]["label"].unique().tolist() == [0, 1, 2]
     put(root / "twin/black.png", photo)
-    data.load(str(root), split="all")
+    load(split="all")
     assert "share a label, as" in told.getvalue()
     shutil.rmtree(root / "twin")
     put(root / "classes.txt", "left\n\nright\n\n")
-    assert data.load(str(root), split="all").names == ["left", "class 1", "right"]
+    assert load(split="all").names == ["left", "class 1", "right"]
     put(root / "classes.txt", "left")
-    assert "an id beyond classes.txt" in data.load(str(root), split="all")[0]["error"]
+    assert "an id beyond classes.txt" in load(split="all")[0]["error"]
     put(root / "labels/black.png", np.zeros((2, 2)))
-    assert data.load(str(root), split="all")[0]["error"].startswith("label: (2, 2) pixels")
+    assert load(split="all")[0]["error"].startswith("label: (2, 2) pixels")
     (root / "classes.txt").unlink(), put(root / "labels/black.png", photo)
-    refuses(ValueError, "black.png cannot be read: ValueError: a label", data.load, str(root))
+    refuses(ValueError, "black.png cannot be read: ValueError: a label", load)
 
 def test_data_refuses(tmp):
     for name in ("holiday/a.png", "photos/b.png", "scenes/a.png"):
@@ -1758,7 +1760,7 @@ def test_training_leaves_a_notebook_as_it_was(tmp):
     def state():
         return signal.getsignal(2), signal.getsignal(15), os.getcwd(), torch.get_num_threads()
     before = state()
-    argv = words_of(["--smoke --workers 0 --size 48 --eval-size 48 --data", photos(), "--out", tmp / "run"])
+    argv = words_of([SMALL, "--data", photos(), "--out", tmp / "run"])
     assert stego.train(common.parse(stego.arguments, stego.PRESETS, argv)) == 0
     assert eval_.run(eval_.arguments().parse_args([f"{tmp}/run"])) == 0
     assert before == state()
@@ -1770,8 +1772,7 @@ def work_of_one(methods, out):
     with (plain(torch.nn.Dropout), plain(torch.nn.Dropout2d),
           mock.patch.object(torch.distributed, "destroy_process_group")):  # it cannot be joined again
         for method in methods:
-            words = "--smoke --batch-size 8 --steps 4 --size 48 --eval-size 48 --out"
-            expect(run(method, words, out / method), 0)
+            expect(run(method, SMALL, "--batch-size 8 --steps 4 --out", out / method), 0)
     device, val = common.start_processes(), data.load("scenes", split="val", size=48)
     counts = eval_.evaluate(eval_.load_run(out.parent / "run", device)[0], val, device, batch_size=8)
     torch.save([counts[head] for head in ("cluster", "linear")], out / f"{common.rank()}.pt")
@@ -1818,7 +1819,7 @@ def test_attacks_nothing_is_lost(tmp):
     out = copy_of("stego", tmp / "options", json=str(mine), out=str(tmp / "elsewhere"))
     expect(run("stego", "--resume", out), 0)
     assert mine.read_text() == "my own" and not (tmp / "elsewhere").exists()
-    words = "--smoke --workers 0 --size 48 --eval-size 48 --data", photos(), "--out", tmp / "both"
+    words = SMALL, "--data", photos(), "--out", tmp / "both"
     runs = [start("stego", *words) for _ in range(2)]
     texts = [process.communicate(timeout=600)[0] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2], texts
@@ -2133,8 +2134,7 @@ def test_stress_readme_commands_of_the_methods_run(tmp):
         line = re.sub(r"--root \S+", "", line.replace("photos/", "photos"))
         root = "--root data" if re.search(r"--data (coco|cityscapes|potsdam|voc|camvid)", line) else ""
         weights_of = "" if name == "san" else "--weights none"
-        expect(run(name, line, root, "--smoke --workers 0 --batch-size 2 --steps 2", weights_of,
-                   "--size 48 --eval-size 48", QUICK[name]), 0)
+        expect(run(name, line, root, SMALL, "--batch-size 2 --steps 2", weights_of, QUICK[name]), 0)
 
 
 # ---------------------------------------------------------------- first minutes on a GPU: -k cuda
