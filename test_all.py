@@ -516,7 +516,7 @@ def test_data_label_maps():
     three = data.SETS["potsdam3"].table[files["stego"]["potsdam_gt_in"]]
     assert np.array_equal(three, files["stego"]["potsdam_gt_out"])
 
-def test_data_resizing_and_crops_equal_the_published_ones():
+def test_data_resizing_and_crops_as_published():
     def fit(picture, size, protocol):
         return data.fit(Image.fromarray(picture), size, protocol).numpy()
 
@@ -1064,7 +1064,7 @@ def test_eval_official_checkpoints(tmp):
 
 # ---------------------------------------------------------------- stego
 
-def test_stego_sampling_loss_and_gradient_equal_the_published_ones():
+def test_stego_sampling_loss_and_gradient_as_published():
     z = tensors("stego_corr_loss.npz")
     fa, fb = stego.sample(z["feats"], z["coords1"]), stego.sample(z["feats_pos"], z["coords2"])
     match(z, 1e-6, "{}_sampled", feats=fa, feats_pos=fb, code=stego.sample(z["code"], z["coords1"]))
@@ -1133,7 +1133,7 @@ def hp_fast(z, *others, parts=1):
     M = len(z) // parts
     return sum(hp.Contrast.apply(z, *others, slice(i * M, i * M + M)) for i in range(parts)) / parts
 
-def test_hp_equals_the_published_code():
+def test_hp_as_published():
     z = tensors("hp_contrastive.npz")
     for x, tag in (("modeloutput_f", "ag"), ("modeloutput_s_pr", "sp")):
         for form in (hp.hidden_positives, hp.hidden_positives_by_strips):
@@ -1182,7 +1182,7 @@ def test_hp_loss_equals_loops():
         found = hp.contrastive_loss(z, z_mix, ag, sp, negatives, 0.3, 0.5, reweight)
         close(found, expected, 1e-5, inputs=[z, z_mix])
 
-def test_hp_fast_loss_equals_the_plain_one():
+def test_hp_fast_loss_as_plain():
     for B, N, K, density, lam, reweight, parts in (
             (2, 3, 4, 0.5, 0.3, True, 2), (3, 5, 2, 0.05, 1.0, False, 1),
             (1, 4, 3, 0.3, 0.0, True, 1), (4, 300, 8, 0.01, 0.7, True, 2), (2, 3, 4, 0, 0.5, True, 1)):
@@ -1251,7 +1251,7 @@ def published_cause(kind, part, D=24, K=6, queries=16):
     layer.load_state_dict({name.split(".")[-1]: x.squeeze() for name, x in state.items()})
     return layer
 
-def test_cause_heads_equal_the_published_ones():
+def test_cause_heads_as_published():
     for kind in ("mlp", "tr", "mlp_s16", "tr_s16"):
         z = tensors(f"cause_head_{kind}.npz")
         (D, K), feat = z["dims"][:2].tolist(), z["feat"].requires_grad_()
@@ -1286,7 +1286,7 @@ def test_cause_modularity_value_and_gradient():
         loss.backward()
         match(step3, 1e-5, kind + "_{}", loss_mod=loss, grad_probe=centres.grad)
 
-def test_cause_fast_forms_equal_the_plain_ones():
+def test_cause_fast_forms_as_plain():
     x, book = torch.randn(2, 30, 8), torch.randn(17, 8, requires_grad=True)
     codes, similarity = torch.randint(24, (3, 16)), F.normalize(torch.randn(24, 5), dim=-1)
     bank, projection = cause.Bank(24, 4, 20), torch.nn.Linear(6, 20)
@@ -1400,7 +1400,7 @@ def test_vice_slic_equals_opencv_and_the_formula():
     assert len(np.unique(vice.grid(320, 320, 20))) == 256
     assert (vice.grid(3, 4, 1).ravel() == np.arange(12)).all()
 
-def test_vice_views_and_masks_equal_the_published_ones():
+def test_vice_views_and_masks_as_published():
     z, m = golden("vice_views.npz"), golden("vice_mask_sampling.npz")
     centres = [vice.clip_centre(x, y, s, s, 320, 320)
                for (x, y), s in zip(z["requested_centers"], z["sizes"])]
@@ -1476,7 +1476,7 @@ def test_vice_distortion_equals_torchvision_view_by_view():
         view = f.rgb_to_grayscale(view, 3) if d[9] < 0.16 else view
         close(y, f.gaussian_blur(view, [13, 13], [0.1 + 3.8 * d[10]]) if d[10] < 0.5 else view, 1e-5)
 
-def test_vice_sinkhorn_equals_the_published_one():
+def test_vice_sinkhorn_as_published():
     z = tensors("vice_sinkhorn.npz")
     for case in ("small", "k27", "k128", "skewed"):
         scores = z[f"{case}_scores"]
@@ -1484,7 +1484,7 @@ def test_vice_sinkhorn_equals_the_published_one():
               assign_10it=vice.sinkhorn(scores, iterations=10))
         match(z, 1e-7, case + "_{}", assign_f64=vice.sinkhorn(scores.double()))
 
-def test_vice_loss_equals_the_published_one():
+def test_vice_loss_as_published():
     z = tensors("vice_swapped_loss.npz")
     raw = [[z[f"raw_v{v}_i{i}"].requires_grad_() for i in range(2)] for v in range(3)]
     prototypes, queue = z["prototypes"].requires_grad_(), z["queue_embeddings"]
@@ -1514,7 +1514,7 @@ def test_vice_region_means():
         pair = [form(small, torch.cat([labels, labels.flip(1)]), count) for form in forms]
         close(*pair, 1e-5, inputs=[small])
 
-def test_vice_lars_and_learning_rate_equal_the_published_ones():
+def test_vice_lars_and_learning_rate_as_published():
     z = tensors("vice_larc.npz")
     names = [key[5:] for key in z if key.startswith("init_")]
     for prefix, lrs, decay in (("noclip", z["lrs"], 1e-6), ("wd01_lr03", [0.3] * 3, 0.1)):
@@ -1532,7 +1532,7 @@ def test_vice_lars_and_learning_rate_equal_the_published_ones():
         total, warmup = int(z[f"{run}_total"]), float(z[f"{run}_warmup_frac"])
         match(z, 1e-7, run + "_{}", lr=[vice.learning_rate(i, total, 0.32, warmup) for i in z[f"{run}_iter"]])
 
-def test_vice_networks_equal_the_published_ones():
+def test_vice_networks_as_published():
     z = tensors("vice_models.npz")
     for arch, decoder, key, millions in (("resnet18", "fpn", "r18_fpn", 11.30),
                                          ("resnet50", "deeplab", "r50_dl", 29.35)):
