@@ -1943,38 +1943,48 @@ stego coco27 --arch vits8: steps=5000 batch_size=16 lr=0.0005 size=224 eval_size
     five_crop=True code_dim=70 neighbors=7 points=11 negatives=5 probe_lr=0.005
     shift_self=0.08 shift_knn=0.02 shift_rand=0.66 weight_self=0.67 weight_knn=0.25
     weight_rand=0.63 auto_shift=False probe=online
-stego coco27 --arch vitb8: shift_self=0.12 shift_knn=0.2 shift_rand=1.0 weight_self=0.1
-    weight_knn=1.0 weight_rand=0.1538476246
-stego cityscapes27 --arch vitb8: five_crop=True code_dim=100 shift_self=0.4582847221
-    shift_knn=0.1754346515 shift_rand=0.3136124189 weight_self=1.0
+stego coco27 --arch vitb8: steps=5000 code_dim=70 shift_self=0.12 shift_knn=0.2 shift_rand=1.0
+    weight_self=0.1 weight_knn=1.0 weight_rand=0.1538476246
+stego cityscapes27 --arch vitb8: steps=5000 five_crop=True code_dim=100
+    shift_self=0.4582847221 shift_knn=0.1754346515 shift_rand=0.3136124189 weight_self=1.0
     weight_knn=0.5774534831 weight_rand=0.9058762625
-stego potsdam3 --arch vits8: five_crop=False shift_self=0.08 shift_knn=0.02 shift_rand=0.46
+stego potsdam3 --arch vits8: steps=5000 five_crop=False shift_self=0.08 shift_knn=0.02
+    shift_rand=0.46
 hp coco27 --arch vits8: steps=22896 batch_size=64 lr=0.0005 weight_decay=0.1 tau=0.8 pool=2048
     momentum=0.99 renew=100 warmup=1000 code_dim=512 rho=0.02 consistency=0.05 five_crop=True
     size=224 eval_size=320
-hp coco27 --arch vits16: code_dim=256
-hp coco27 --arch selfpatch_vits16: code_dim=256
-hp cityscapes27: steps=6960 tau=0.6 momentum=0.999 renew=20 warmup=50 five_crop=True
-hp potsdam3: steps=710 tau=0.4 rho=1.0 pool=1024 consistency=0.0 code_dim=256
+hp coco27 --arch vits16: steps=22896 code_dim=256 tau=0.8
+hp coco27 --arch selfpatch_vits16: steps=22896 code_dim=256 tau=0.8
+hp cityscapes27 --arch vitb8: steps=6960 tau=0.6 momentum=0.999 renew=20 warmup=50
+    five_crop=True
+hp potsdam3 --arch vitb8: steps=710 tau=0.4 rho=1.0 pool=1024 consistency=0.0 code_dim=256
 cause coco27 --arch vitb8: codebook_steps=7633 steps=15266 probe_steps=7633 batch_size=16
     lr=0.004 size=224 codebook_size=320 eval_size=320 crops=5 clip=0.1 weight_decay=0.0001
     codes=2048 bank_slots=100 window=4 code_dim=90 projection_dim=2048 thresholds=[0.3,0.1]
     probe=modularity
-cause coco27 --arch vitb8 --head tr: steps=15266 probe_steps=38165 size=320 clip=2.0
-cause coco27 --arch dinov2_vitb14: size=224 codebook_size=322 eval_size=322 clip=0.1
-cause coco27 --arch dinov2_vitb14 --head tr: size=322 clip=2.0
+cause coco27 --arch vitb8 --head tr: codebook_steps=7633 steps=15266 probe_steps=38165
+    size=320 codebook_size=320 clip=2.0
+cause coco27 --arch dinov2_vitb14: codebook_steps=7633 steps=15266 size=224 codebook_size=322
+    eval_size=322 clip=0.1
+cause coco27 --arch dinov2_vitb14 --head tr: size=322 codebook_size=322 eval_size=322 clip=2.0
+    probe_steps=38165
 cause coco81 --arch vits8: codebook_steps=30532 steps=61064 probe_steps=30532 crops=20
-cause coco171 --arch vits8 --head tr: steps=61064 probe_steps=152660 crops=20 size=320
-cause cityscapes27 --arch vitb8: steps=466 probe_steps=233 clip=1.0 weight_decay=0.0 crops=5
-cause cityscapes27 --arch vitb8 --head tr: steps=466 probe_steps=1165
-cause voc21 --arch vits8: steps=2288 probe_steps=1144 crops=50 clip=1.0 weight_decay=0.0001
-cause voc21 --arch vits8 --head tr: steps=2288 probe_steps=5720
+    size=224 codebook_size=320
+cause coco171 --arch vits8 --head tr: codebook_steps=30532 steps=61064 probe_steps=152660
+    crops=20 size=320 eval_size=320
+cause cityscapes27 --arch vitb8: codebook_steps=233 steps=466 probe_steps=233 clip=1.0
+    weight_decay=0.0 crops=5
+cause cityscapes27 --arch vitb8 --head tr: codebook_steps=233 steps=466 probe_steps=1165
+cause voc21 --arch vits8: codebook_steps=1144 steps=2288 probe_steps=1144 crops=50 clip=1.0
+    weight_decay=0.0001
+cause voc21 --arch vits8 --head tr: codebook_steps=1144 steps=2288 probe_steps=5720
 vice coco27: steps=7552 batch_size=128 lr=0.32 decoder=fpn prototypes=27 views=5 view_size=256
     weight_decay=1e-06 code_dim=128 arch=resnet18 mask=0.25 freeze=313
 vice cityscapes19: steps=936 batch_size=128 lr=0.32
-vice cityscapes19 --weights none: steps=5616
-vice coco27 --decoder deeplab --arch resnet50: steps=30208 view_size=400 prototypes=128
-vice coco27 --decoder deeplab --arch resnet101: steps=22656
+vice cityscapes19 --weights none: steps=5616 batch_size=128 lr=0.32
+vice coco27 --decoder deeplab --arch resnet50: steps=30208 batch_size=128 view_size=400
+    prototypes=128
+vice coco27 --decoder deeplab --arch resnet101: steps=22656 view_size=400 prototypes=128
 vice coco27 --decoder deeplab --arch resnet152: steps=22656
 vice cityscapes19 --decoder deeplab: steps=1872 view_size=400 prototypes=128
 vice cityscapes19 --decoder deeplab --arch resnet50: steps=2808
@@ -2245,17 +2255,28 @@ def test_files_keep_to_the_rules():
                 assert not foreign or node.name == "Model", (path, node.name, foreign)
 
 COPIED = {  # what others copy: calls with small numbers
-    "stego": "correlation_loss(*torch.randn(4, 2, 4, 3, 3), 0.1); nearest_neighbors(torch.eye(3), 2)",
-    "hp": "z, all = F.normalize(torch.randn(8, 4), dim=1), torch.ones(8, 8) > 0\n"
-          "contrastive_loss(z, z, all, all, all[:4], 0.5, 0.6)",
-    "cause": "modularity_loss(torch.randn(2, 6, 4), torch.randn(3, 4))",
-    "vice": "slic(torch.zeros(9, 9, 3).byte()); LARS([torch.zeros(2, requires_grad=True)], 0.1)\n"
-            "sinkhorn(torch.randn(5, 3))",
+    "stego": "sample(torch.randn(1, 2, 4, 4), torch.zeros(1, 3, 3, 2)), Head(4, 2)(torch.randn(1, 4, 3, 3))\n"
+             "correlation_loss(*torch.randn(4, 2, 4, 3, 3), 0.1)\n"
+             "shifted_permutation(torch.arange(3)), nearest_neighbors(torch.eye(3), 2)",
+    "hp": "z = F.normalize(torch.randn(8, 4), dim=1)\n"
+          "positives, _ = hidden_positives(z, z[:2])\n"
+          "contrastive_loss(z, z, positives, positives, positives[:4], 0.5, 0.6)\n"
+          "mix_local(Head(4, 2)(torch.randn(1, 4, 2, 2)), torch.ones(1, 1, 5, 5) / 5)",
+    "cause": "T, M = torch.randn(2, 6, 4), torch.randn(3, 4)\n"
+             "modularity_loss(T, M), contrastive_loss(quantize(T, M), T, T, M @ M.T)\n"
+             "load_published_head(MLPHead(4, 2).state_dict(), MLPHead(4, 2))\n"
+             "TRHead(4, 2, 9)(T, M[quantize(T, M)], (2, 3))",
+    "vice": "regions = slic(torch.zeros(9, 9, 3).byte())\n"
+            "region_mean(torch.randn(2, 9, 9), regions, 1)\n"
+            "x = torch.ones(2, requires_grad=True)\n"
+            "x.sum().backward(), LARS([x], 0.1).step()\n"
+            "swapped_prediction_loss(torch.randn(1, 5, 3), sinkhorn(torch.randn(5, 3)))",
     "san": "semantic_attention(torch.randn(1, 4, 3, 3), torch.randn(1, 2, 4))",
     "crf": "dense_crf(torch.zeros(3, 8, 8).byte(), torch.randn(2, 8, 8))",
     "eval": "counts = confusion_matrix(*torch.ones(2, 4).long(), 2, 2)\n"
-            "scores(matched(counts, hungarian(counts))), LinearProbe(4, 2), ClusterProbe(4, 2)",
-    "common": "load_backbone('dct8')(torch.zeros(1, 3, 16, 16)), ViT(64, 1, 1, 8)"}
+            "scores(matched(counts, hungarian(counts)))\n"
+            "ClusterProbe(4, 2)(LinearProbe(2, 4)(torch.ones(1, 2, 3, 3)))",
+    "common": "load_backbone('dct8')(torch.zeros(1, 3, 16, 16)), ViT(64, 1, 1, 8)(torch.zeros(1, 3, 16, 16))"}
 
 def test_functions_copy_into_an_empty_module():
     for file, calls in COPIED.items():
@@ -2297,4 +2318,7 @@ def load_tests(loader, *_):
 
 if __name__ == "__main__":
     gc.freeze()  # every command collects garbage: three times as long with all modules in it
-    unittest.main(verbosity=2)
+    result = unittest.main(verbosity=2, exit=False).result
+    bad, skipped = len(result.failures) + len(result.errors), len(result.skipped)
+    print(f"{result.testsRun - bad - skipped} passed, {bad} failed, {skipped} skipped")
+    sys.exit(bad > 0 or not result.testsRun)
