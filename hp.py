@@ -15,7 +15,7 @@ torch 2.14); with a ViT-S/14 CamVid 28.7 +- 1.4 against 25.2, MSRC-21 36.0 +- 2.
 
 Paper                      here (M = B*N patches of a batch)
 f_i, s_i, s'_i, z_i        feats (B,D,h,w), code (B,K,h,w), momentum(feats), z (M,K)
-S, S', Z; Q^ag, Q^sp       head, momentum, projection; pool_ag, pool_sp, of --pool vectors
+S, S', Z; Q^ag, Q^sp       head, momentum, projection; pool_ag, pool_sp, of --pool (its M) vectors
 c_i, P^ag, P^sp (eq. 2-4)  `hidden_positives` (GHP): positives_ag, positives_sp (M,M)
 N_i; L^cont, Phi, Psi      negatives (N,M); `contrastive_loss`
 I^local, T (LHP), s^mix    `window` (B,9,h,w); `mix`, or `mix_local` from attention
@@ -25,6 +25,8 @@ Departures from the paper (p) and from the published code (c)
 p  eq. 11 adds four means; here as in the code half of Phi and Psi, each a mean over both kinds of
    positives, of weights 1 and lambda; anchors count by their positives, all is times tau / 0.07
 p  eq. 5 compares with N and its own P; here as in the code with N and P^ag, for both kinds
+p  the head is a two-layer MLP, R compares two changed views; here as in the code a linear branch
+   too, and the image as it is with one that is changed
 p  N_i is drawn from the rest, per kind; here as in the code once, from all patches, for all images
 p  anchors without a positive are left out; here as in the code without a task-agnostic one
 p  eq. 7 takes attention above its mean; here as in the code clipped, soft-maxed again, times 28
@@ -32,14 +34,14 @@ p  eq. 9 divides by |I^local|; here as in the code by the patches of the 3 x 3 w
 p  eq. 10 mixes z_i (of z_p it says nothing); here as in the code all that it is compared with too
 p  lambda grows at once; here as in the code after a warm-up (--warmup 0: the paper)
 p  f_i, s'_i, s^mix and both pools are bare; here as in the code all pass a dropout of channels
-p  Q^sp is renewed every 100 steps; here as in the code every 20 off COCO, steps counted through
+p  Q^sp is renewed every 100 steps; here as in the code every 20 off COCO
 p  20 epochs of Cityscapes; here as in the code 30; its Potsdam has K = 256, rho = 1, alpha = 0
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
 c  Q^sp is built by a pass over other images; here from a patch of each image trained on last;
    both pools start from the same patches
-c  fp16, crops as JPEG files, a random linear probe; here fp32, crops on the fly, a probe from zero
+c  fp16, crops as JPEG files, a random linear probe; here bf16 and TF32, on the fly, one from zero
 c  NaN where images are fewer than pool rows, or one has no positives; here more patches, and 0
-c  the checkpoint of the best validation scores counts; here the last
+c  the best validation checkpoint counts, pools age by the epoch; here the last, and by the run
 
 The tables, with B="--data coco27 --root data/cocostuff", S="$B --arch vits8"; behind each command
 the paper's clusters with CRF, mIoU / accuracy: python eval.py RUN --crf
@@ -108,14 +110,10 @@ def tokens(x):
     return x.flatten(2).mT.flatten(0, 1)
 
 
-class WithWindow(nn.Module):
+class WithWindow(nn.Sequential):
     """Images (B,3,H,W) -> (B,D+9,h,w): features and `window`, from the last block's attention."""
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone = backbone
-
     def forward(self, images):
-        feats, attention = self.backbone.forward_with_attention(images)
+        feats, attention = self[0].forward_with_attention(images)
         near = window(attention.float(), *feats.shape[2:])
         return torch.cat([feats, near.to(feats.dtype)], 1)
 
@@ -138,24 +136,24 @@ def hidden_positives(features, pool, symmetric=True):
 def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight=True):
     """tau / 0.07 times the average of Phi's mean (eq. 6, z) and Psi's (eq. 10, z_mix) -> scalar.
 
-    z, z_mix unit (M,K); positives (M,M) bool; negatives (N,M) bool, a row per patch of every image.
+    z, z_mix unit (M,K); positives (M,M) bool; negatives (N,M) bool, for the patches of any image.
     Each image is computed again for the gradient: memory for one (N,M)."""
     N, patches = len(negatives), torch.arange(len(z), device=z.device)
 
     def image_loss(z, z_mix, anchors):
         others = anchors[:, None] != patches  # (N,M)
         ag, sp = positives_ag[anchors] & others, positives_sp[anchors] & others
-        kept = ag.any(1)  # anchors without a positive are left out
+        kept = ag.any(1)  # anchors without a task-agnostic positive are left out
         weight = (ag + lam * sp)[kept]  # 1 for P^ag, lambda for P^sp
-        compared = ((ag | negatives) & others)[kept]  # N u P^ag
-        number = weight.sum(1)  # |P^ag| + lambda |P^sp|
+        compared = ((ag | negatives) & others)[kept]  # N_i u P_i^ag
+        W = weight.sum(1)  # |P^ag| + lambda |P^sp|
         # an anchor's share of the mean: reweight cancels the 1/|P| of eq. 5, as in the code
-        share = number if reweight else torch.ones_like(number)
+        share = W if reweight else torch.ones_like(W)
         loss = 0
         for x in (z, z_mix):
             logit = x[anchors[kept]] @ x.T / tau  # sim(z_i, z_j) / tau
-            total = logit.masked_fill(~compared, -torch.inf).logsumexp(1, keepdim=True)
-            L_cont = -(weight * (logit - total)).sum(1) / number  # eq. 5
+            log_E = logit.masked_fill(~compared, -torch.inf).logsumexp(1, keepdim=True)
+            L_cont = -(weight * (logit - log_E)).sum(1) / W  # eq. 5
             loss = loss + (share * L_cont).sum() / share.sum().clamp(min=1e-12) / 2
         return loss
 
@@ -166,7 +164,7 @@ def contrastive_loss(z, z_mix, positives_ag, positives_sp, negatives, lam, tau, 
 
 def naive_loss(z, z_view, N, tau):
     """Eq. 1 times tau / 0.07, row (g) of table 4: the positive of a patch is itself in the other
-    view, all others repel. z, z_view unit (M,K), N patches an image -> scalar."""
+    view, all others repel. z, z_view unit (M,K) -> scalar; N anchors at a time, P^sp weighs 0."""
     both = torch.cat([z, z_view])
     itself = torch.eye(len(both), dtype=torch.bool, device=z.device).roll(len(z), 0)
     return contrastive_loss(both, both, itself, itself, itself.new_ones(N, len(both)), 0.0, tau)
@@ -174,7 +172,7 @@ def naive_loss(z, z_view, N, tau):
 
 def window(attention, h, w):
     """Attention (B,heads,prefix+N,prefix+N) -> (B,9,h,w): what a patch takes of its 3 x 3
-    neighbours, eq. 7 and 8.
+    neighbours, eq. 7 to 9, with sigma.
     A row is clipped to its 10 and 90 % quantiles and soft-maxed again, times 28; less than its mean
     counts 0; all is divided by the size of the window."""
     N, device = h * w, attention.device
@@ -184,7 +182,7 @@ def window(attention, h, w):
     levels, result = torch.linspace(0.1, 0.9, 2, device=device), []
     for row in attention[:, :, -N:, -N:].mean(1):  # image by image: the sort needs memory
         low, high = row.quantile(levels, dim=1, keepdim=True)
-        row = 28 * row.clamp(low, high).softmax(1)  # (N,N)
+        row = 28 * row.clamp(low, high).softmax(1)  # sigma = 28; (N,N)
         near = row.gather(1, torch.where(inside, y * w + x, 0))  # (N,9)
         near = near * (inside & (near >= row.mean(1, keepdim=True)))
         result.append((near / inside.sum(1, keepdim=True)).T.unflatten(1, (h, w)))
@@ -231,7 +229,7 @@ class Views(torch.utils.data.Dataset):
 
 
 def at_random(feats, draws):
-    """Features (B,D,h,w), uniform draws (B,n) -> of n random patches of each image (B,n,D)."""
+    """Features (B,D,h,w), uniform draws (B,n) -> n random patches of each image (B,n,D)."""
     index = (draws * feats[0, 0].numel()).long()
     return feats.flatten(2).mT[torch.arange(len(feats), device=feats.device)[:, None], index]
 
@@ -250,7 +248,7 @@ def random_patches(run, features, images, D, size):
 
 @torch.no_grad()
 def pool_of(run, network, feats):
-    """Reference pool of unit vectors: network, with its dropout, on (size,D), shared out."""
+    """Reference pool of unit vectors: network, with its dropout, on (size,D), by shares."""
     share = feats.chunk(run.world)[run.rank][:, :, None, None]
     return F.normalize(common.gather(network(share).flatten(1)), dim=1)
 
@@ -281,14 +279,13 @@ def train(args):
         {"params": model.cluster.parameters(), "lr": 5e-3},
         {"params": model.linear.parameters() if model.linear else [], "lr": 1e-3}])
     D, drop, size = model.backbone.dim, model.head.drop, args.pool // run.world * run.world
-    recent = random_patches(run, features, images, D, size)  # (pool,D), then of the last images
+    recent = random_patches(run, features, images, D, size)  # (pool,D), then of the latest
     pool_ag = pool_of(run, drop, recent)  # (pool,D), stays
     pool_sp = pool_of(run, lambda x: drop(model.momentum(x)), recent)  # (pool,K)
     run.keep(model=model, optimizer=optimizer, probes=probes, pool_ag=pool_ag, pool_sp=pool_sp,
              recent=recent)
     for step, batch in run.loop("head", Views(images) if two_views else images, args.steps):
-        both = features(batch)
-        feats, near = both[:, :D], both[:, D:]  # (B,D,h,w), (B,9,h,w)
+        feats, near = features(batch).tensor_split([D], 1)  # (B,D,h,w); (B,9,h,w) or (B,0,h,w)
         code = model.head(feats)  # (B,K,h,w)
         z = model.project(code)  # (M,K)
         N = len(z) // len(feats)
@@ -299,21 +296,18 @@ def train(args):
         if args.naive:
             contrast = naive_loss(common.gather(z), common.gather(z_view), N, args.tau)
         else:
-            with torch.no_grad():  # over the patches of all processes
+            with torch.no_grad():  # unit f_i (M,D) and s'_i (M,K), of all processes
                 f, s = (common.gather(F.normalize(tokens(drop(x)), dim=1))
                         for x in (feats, model.momentum(feats)))
                 positives_ag, _ = hidden_positives_by_strips(f, pool_ag, args.symmetric)
                 positives_sp = (hidden_positives_by_strips(s, pool_sp, args.symmetric)[0] if lam
-                                else positives_ag)  # they weigh 0
-                draws = torch.rand(N, len(f), generator=run.shared, device=run.device)
-                negatives = draws < args.rho  # (N,M)
+                                else positives_ag)  # P^sp weighs nothing
+            negatives = torch.rand(N, len(f), generator=run.shared, device=run.device) < args.rho
             z_mix = model.project(drop(mix(code, near))) if args.local else z
             terms = (common.gather(z), common.gather(z_mix), positives_ag, positives_sp, negatives,
                      lam, args.tau, args.reweight)
-            if args.symmetric:  # each process has its own anchors
-                contrast = Contrast.apply(*terms, slice(run.rank * len(z), (run.rank + 1) * len(z)))
-            else:
-                contrast = contrastive_loss(*terms)
+            own = slice(run.rank * len(z), (run.rank + 1) * len(z))  # anchors of this process
+            contrast = Contrast.apply(*terms, own) if args.symmetric else contrastive_loss(*terms)
         distance = consistency_loss(z, z_view) if two_views else 0 * contrast
         loss = contrast if args.naive else contrast + args.consistency * distance  # eq. 11
 
@@ -358,7 +352,7 @@ class Contrast(torch.autograd.Function):
 
     In closed form, by blocks of the (M,M) matrix whose rows and columns are anchors. With l_ij =
     z_i z_j / tau, w_ij the weight of a positive, W_i = sum_j w_ij, A_i what i is compared with,
-    E_i = sum of exp l_ij over A_i, and a_i the anchor's share of the loss over W_i:
+    E_i = sum of exp l_ij over A_i, and a_i = (the anchor's share of the loss) / W_i:
         loss = sum_i a_i (W_i log E_i - sum_j w_ij l_ij),   d loss / d z_i = sum_j G_ij z_j / tau,
         G_ij = (r_i [j in A_i] + r_j [i in A_j]) exp l_ij - (a_i + a_j) w_ij,   r_i = a_i W_i / E_i
     `first_pass` finds E and the value, `second_pass` G. The first GB of exp l is kept meanwhile.
@@ -366,50 +360,47 @@ class Contrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, z_mix, positives_ag, positives_sp, negatives, lam, tau, reweight, own):
         """own: slice of the patches of this process; all else is of all processes."""
-        (N, M), x, lam = negatives.shape, torch.stack([z, z_mix]), z.new_full((), lam)
-        scaled, negatives_t = x / tau, negatives.T.contiguous()  # (2,M,K), (M,N)
-        most = max(1, (4096 if z.is_cuda else 1024) // N)  # images to a block; all are alike
+        (N, M), x = negatives.shape, torch.stack([z, z_mix])  # (2,M,K)
+        lam = z.new_full((), lam)  # a number would be compiled anew each step
+        scaled, negatives_t = x / tau, negatives.T.contiguous()
+        most = max(1, (4096 if z.is_cuda else 1024) // N)  # images to a block; all have one size
         side = N * max(n for n in range(1, most + 1) if M // N % n == 0)
         blocks = [slice(i, i + side) for i in range(0, M, side)]
         pairs = [(b, c) for i, b in enumerate(blocks) for c in blocks[i:]
                  if any(y.start < own.stop and own.start < y.stop for y in (b, c))]
-        ag, sp = (y.view(torch.uint8).sum(1, dtype=torch.float32)  # numbers of positives (M,)
-                  for y in (positives_ag, positives_sp))
-        W = ag + lam * sp
+        n_ag, n_sp = (y.view(torch.uint8).sum(1, dtype=torch.float32)  # numbers of positives (M,)
+                      for y in (positives_ag, positives_sp))
+        W = n_ag + lam * n_sp
         share = torch.zeros_like(W)
-        share[own] = positives_ag[own].any(1).float()  # anchors without a positive are left out
+        share[own] = positives_ag[own].any(1).float()  # the others are left out
         share = (share * W if reweight else share).view(-1, N)
-        share = share / share.sum(1, keepdim=True).clamp(min=1e-12)  # 1 for an image
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-12)  # adds up to 1 in an image
         images = (own.stop - own.start) // N
         a = tau / 0.07 / 2 / images * share.flatten() / W.clamp(min=1e-12)
 
-        def masks(b, c):  # what `block_masks` takes
-            return (b == c, lam, positives_ag[b, c], positives_sp[b, c], a[b], a[c],
-                    negatives_t[b], negatives[:, c])
-
         fuse = z.is_cuda and len(pairs) > 1  # else compiling takes longer than it saves
         first, second = (torch.compile(f) if fuse else f for f in (first_pass, second_pass))
-        loss, E, kept, room = 0, torch.zeros(2, M, device=z.device), [], 2 ** 28
+        loss, E, kept = 0, torch.zeros(2, M, device=z.device), []
         for b, c in pairs:
-            pulled, rows, columns, exp = first(masks(b, c), scaled[:, b], x[:, c])
-            loss = loss - pulled / (2 if b == c else 1)
-            E[:, b] += rows
+            block = (b == c, lam, positives_ag[b, c], positives_sp[b, c], a[b], a[c],
+                     negatives_t[b], negatives[:, c]), scaled[:, b], x[:, c]
+            pull, E_b, E_c, exp = first(*block)
+            loss = loss - pull / (2 if b == c else 1)  # a diagonal block has each pair twice
+            E[:, b] += E_b
             if b != c:
-                E[:, c] += columns
-            room -= exp.numel()
-            kept.append(exp if room >= 0 else None)
-        E = E.where(a > 0, torch.ones_like(E))
-        loss = loss + (a * W * E.log()).sum()
+                E[:, c] += E_c
+            kept.append((b, c, block, exp if len(kept) < 2 ** 27 // side ** 2 else None))
+        E = E.where(a > 0, torch.ones_like(E))  # of other processes' anchors it is not whole
 
         r, gradient = a * W / E, torch.zeros_like(x)
-        for b, c in reversed(pairs):
-            to_b, to_c = second(masks(b, c), scaled[:, b], x[:, c], kept.pop(), scaled[:, c],
-                                r[:, b], r[:, c])
+        while kept:
+            b, c, block, exp = kept.pop()
+            to_b, to_c = second(*block, exp, scaled[:, c], r[:, b], r[:, c])
             gradient[:, b] += to_b
             if b != c:
                 gradient[:, c] += to_c
         ctx.save_for_backward(*gradient)
-        return loss
+        return loss + (a * W * E.log()).sum()
 
     @staticmethod
     def backward(ctx, gradient):
@@ -428,18 +419,18 @@ def block_masks(same, lam, ag, sp, a_b, a_c, negatives_b, negatives_c):
     return w.mul_(a_b[:, None] + a_c), real(in_b), real(in_c)
 
 
-def first_pass(masks, x_b, x_c):
-    P, in_b, in_c = block_masks(*masks)
-    logit = x_b @ x_c.mT  # (2,b,c)
-    pulled, exp = (P * logit).sum(), logit.exp_()
+def first_pass(masks, scaled_b, x_c):
+    pull, in_b, in_c = block_masks(*masks)
+    logit = scaled_b @ x_c.mT  # (2,b,c), at most 1 / tau
+    pulled, exp = (pull * logit).sum(), logit.exp_()
     return pulled, (in_b * exp).sum(2), (in_c * exp).sum(1), exp
 
 
-def second_pass(masks, x_b, x_c, exp, scaled_c, r_b, r_c):
-    P, in_b, in_c = block_masks(*masks)
-    exp = (x_b @ x_c.mT).exp_() if exp is None else exp
-    G = (in_b * r_b[..., None]).add_(in_c * r_c[:, None]).mul_(exp).sub_(P)
-    return G @ scaled_c, G.mT @ x_b
+def second_pass(masks, scaled_b, x_c, exp, scaled_c, r_b, r_c):
+    pull, in_b, in_c = block_masks(*masks)
+    exp = (scaled_b @ x_c.mT).exp_() if exp is None else exp
+    G = (in_b * r_b[..., None]).add_(in_c * r_c[:, None]).mul_(exp).sub_(pull)
+    return G @ scaled_c, G.mT @ scaled_b
 
 
 # ---------------------------------------------------------------- command line
@@ -450,7 +441,7 @@ def arguments():
     add = p.group("HP")
     add("--eval-size", 320, "image side for scoring", low=8, high=8192)
     add("--code-dim", 512, "width K of the code")
-    add("--tau", 0.6, "temperature; lower separates harder", low=1e-2)
+    add("--tau", 0.6, "temperature; lower separates harder", low=2e-2)
     add("--rho", 0.02, "share of patches that are negatives; 1 where classes are few", high=1)
     add("--pool", 2048, "patches in a reference pool; more: fewer but surer positives")
     add("--renew", 100, "steps between renewals of the task-specific pool")
