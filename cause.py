@@ -11,7 +11,7 @@ No label reaches codebook, head or clusters.
 
 The first gives 43.6 +- 1.2 mIoU, the second 41.8 +- 5.4, K-means on the raw features 37.1 (seeds 0,
 1, 2; 33 and 63 CPU-seconds, torch 2.14); with a ViT-S/14 CamVid 25.4 +- 0.8 and 27.5 +- 1.5 against
-25.2, MSRC-21, mlp, 21.5 +- 0.8 against 21.5, but accuracy 44.6 +- 1.6 against 39.6.
+25.2, MSRC-21 21.5 +- 0.8 and 19.6 +- 0.6 against 21.5, accuracy 44.6 and 44.5 against 39.6.
 
 Paper                          here
 T = f(X), c, hw                features (B,N,D), D, N
