@@ -2,7 +2,7 @@
 
 1. codebook: code vectors learned on frozen patch features by maximising modularity.
 2. head: patches whose code vectors are alike attract, others repel; student, teacher, bank.
-3. probe: C clusters found in the teacher's output Y by the same modularity; a linear probe beside.
+3. probe: clusters found in the teacher's output Y by the same modularity; a linear probe beside.
 No label reaches codebook, head or clusters.
 
     python cause.py                                      # drawn scenes, about a minute
@@ -14,24 +14,24 @@ The first gives 43.6 +- 1.2 mIoU, the second 41.8 +- 5.4, K-means on the raw fea
 25.2, MSRC-21 21.5 +- 0.8 and 19.6 +- 0.6 against 21.5, accuracy 44.6 and 44.5 against 39.6.
 
 Paper                          here
-T = f(X), c, hw                features (B,N,D), D, N
+T = f(X), c, hw                feats (B,D,h,w), or features and tokens (B,N,D); D, N
 mediator, clusterbook M, k     codebook (codes,D), --codes
 C, A, d, 2e, H (eq. 3)         C, A, d, edges, minus `modularity_loss`
 Q, id_q                        concepts (B,N,D), codes (B,N) by `quantize`
 S, S_ema; Y, r                 student, teacher (`MLPHead` or `TRHead`); code (B,N,K), K
-y, y+, y- (eq. 4)              anchors, keys that attract, keys that repel
+y, y+, y- (eq. 4)              projections of anchors, of keys that attract, that repel
 D_M, phi+, phi-                similarity (codes,codes), --thresholds
 Y_bank, R^2                    `Bank`, `Bank.update`
 
 Departures from the paper (p) and from the published code (c)
-c  step 3's linear probe trains the teacher's head with labels; here the code is detached from it
+c  phase 3's linear probe trains the teacher's head with labels; here the code is detached from it
 c  DINO's ViT-S is built with 12 heads, which loads and attends wrongly; here it has its 6
 c  the teacher shares the student's memory until Adam's first step; here a copy, as was meant
 c  the gradient clip covers the linear probe, whose labels then scale the head's step; here not
 c  an image without a positive pair makes the loss NaN; here it adds no term
-c  MLP: teacher keys have a dropout draw of their own; here they come from the codes of all tokens
+c  MLP: teacher keys have a dropout draw of their own; here they are taken from Y of all tokens
 c  the linear probe starts at random; here at zero, so that labels change no random draw
-c  step 2 stops for VOC, COCO-81 and COCO-171; here clip 1, weight decay 1e-4
+c  phase 2 stops for VOC, COCO-81 and COCO-171; here clip 1, weight decay 1e-4
 c  fp16, crops cut to JPEG files; here bf16 on CUDA, where nothing overflows, crops on the fly
 p  Algorithm 1 sums over codes inside tanh; here as in the code the largest product (--form sum)
 p  eq. 3 has loops, A_ii = 1; here as in the code none
@@ -41,14 +41,17 @@ p  eq. 4: log of a mean over y+, each against y-; here as in the code a mean of 
 p  eq. 4: keys of batch and bank in one sum; here as in the code two terms, each with its sum
 p  the projection before eq. 4 is an MLP; here as in the code one linear layer, 2,048 wide
 p  R^2 cuts at random; here as in the code the newest stay, a random half of new tokens enters
-p  TR: here as in the code the features are added to the transformer's output
+p  eq. 4 does not say so; here as in the code an anchor is no positive of itself
+p  TR: here as in the code self-attention comes first, queries have a learned place, the features
+   are added to the transformer's output; the teacher's dropout stays on
 p  lr 1e-3; here as in the code 4e-3, for the steps of one of its four processes, which never meet
-p  no word on clusters; --probe kmeans moves them to K-means of all images' codes
-Left out: thresholds from shares of the code pairs (1.5/C attract, 65 % repel): scenes 43.9 -> 44.0
-mIoU (3 seeds), CamVid 25.9 -> 24.9 (2), MSRC-21 17.7 -> 22.9 (3). Folders have 0.6 and 0.02 instead
-of 0.3 and 0.1: MSRC-21 15.0 -> 21.3 mIoU, 35.9 -> 44.6 accuracy (seeds 0, 1).
+p  no word on clusters; scenes, CamVid and folders end with K-means on Y of up to 1,000 images
+   (--probe kmeans), as all figures above do
+Left out: thresholds from shares of the code pairs (1.5/clusters attract, 65 % repel): scenes 43.9
+-> 44.0 mIoU, CamVid 25.9 -> 24.9, MSRC-21 17.7 -> 22.9. Folders have 0.6 and 0.02, chosen there
+with labels, instead of 0.3 and 0.1: MSRC-21 15.0 -> 21.3 mIoU, 35.9 -> 44.6 accuracy (two seeds).
 
-The tables: the paper's mIoU / accuracy for MLP, TR, with labels in step 3; none was run here
+The tables: the paper's mIoU / accuracy for MLP, TR, with labels in phase 3; none was run here
 
     python cause.py --data coco27 --root data/cocostuff --arch vitb8 --head tr
     python eval.py RUN --crf --flip
@@ -133,18 +136,18 @@ def load_published_head(state_dict, head):
     """Fill our head from the authors' file: `head.f1.weight (K,D,1,1)`, `head.tr.self_attn...`.
     ValueError: names parameters that are missing or have another shape."""
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    # of a whole file the teacher, which is what the authors score
     prefix = next((p for p in ("head_ema.", "head.") if any(k.startswith(p) for k in state)), "")
     found = {}
-    for name, value in state.items():  # a whole file: the teacher is what the authors score
+    for name, value in state.items():
         if name.startswith(prefix):
-            name = name.removeprefix(prefix).removeprefix("tr.")
+            name = name.removeprefix(prefix).removeprefix("tr.").replace("multihead_", "cross_")
             if isinstance(head, TRHead) and name.startswith("f"):
                 name = "out." + name
-            name = name.replace("multihead_attn", "cross_attn")
             found[name] = value.flatten(1) if value.dim() == 4 else value
     try:
         head.load_state_dict({name: found[name] for name in head.state_dict()})
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:  # a key: it is missing
         why = " ".join(str(error).split())
         raise ValueError(f"the published head does not fit: {why}") from None
     return head
@@ -156,8 +159,7 @@ class Model(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        heads = args.heads  # 12 for the authors' heads: their ViT-S had 12
-        self.backbone = common.load_backbone(args.arch, args.weights, args.depth, heads)
+        self.backbone = common.load_backbone(args.arch, args.weights, args.depth, args.heads)
         if args.arch.startswith("mae"):
             self.backbone.position = "offset"  # DINO's rule, with which CAUSE read MAE's positions
         D, K = self.backbone.dim, args.code_dim
@@ -178,7 +180,7 @@ class Model(nn.Module):
         """Tokens (B,N,D) of a grid (h,w) -> code (B,N,K); of those at index alone (B,anchors,K)."""
         if isinstance(head, MLPHead):
             return head(tokens if index is None else tokens.take_along_dim(index, 1))
-        concepts = self.codebook.detach()[quantize(tokens, self.codebook)]  # of any length
+        concepts = self.codebook.detach()[quantize(tokens, self.codebook)]  # not unit ones
         return head(tokens, concepts, grid, index)
 
     def code(self, feats):
@@ -193,12 +195,12 @@ class Model(nn.Module):
 # ---------------------------------------------------------------- loss
 
 def largest_product(C):
-    """Two tokens share their best common code, max_k C_ik C_jk: (B,N,codes) -> (B,N,N)."""
+    """Two tokens share their best common code, max_m C_im C_jm: (B,N,codes) -> (B,N,N)."""
     return (C[:, :, None] * C[:, None]).amax(-1)
 
 
 def sum_of_products(C):
-    """Two tokens share all codes, sum_k C_ik C_jk, as in the paper: (B,N,codes) -> (B,N,N)."""
+    """Two tokens share all codes, sum_m C_im C_jm, as in the paper: (B,N,codes) -> (B,N,N)."""
     return C @ C.mT
 
 
@@ -219,9 +221,8 @@ def modularity_loss(features, codebook, tau=0.1, together=largest_product):
 
 
 def quantize(features, codebook):
-    """The code with the largest cosine, argmax_m cos(m, t): (B,N,D), (codes,D) -> indices (B,N).
-
-    In float32 also under autocast: in bf16 2 % of the tokens would get another code."""
+    """The code vector with the largest cosine, argmax_m cos(m, t), whatever the length of t:
+    (B,N,D), (codes,D) -> indices (B,N). Not in bf16, where 2 % of the tokens get another one."""
     with torch.autocast(features.device.type, enabled=False):
         return (features.float() @ F.normalize(codebook.detach().float(), dim=-1).T).argmax(-1)
 
@@ -232,23 +233,23 @@ def contrastive_loss(codes, student, teacher, similarity, bank_codes=None, bank=
 
     codes (B,anchors) indices, student and teacher (B,anchors,width) projections, similarity D_M
     (codes,codes) cosines, bank_codes (keys,), bank (keys,width) past teacher projections -> scalar:
-    mean over a term per image against the batch and, with a bank, one against the bank."""
-    rule, keys = (tau, positive, negative), teacher.flatten(0, 1)
-    total, terms = contrast(codes, student, codes.flatten(), keys, similarity, 0, *rule)
+    mean over a term per image against the batch and, with a bank, one against the bank. `train`
+    does the same over all processes, with the fast bank term."""
+    rule, keys = (similarity > positive, similarity < negative), teacher.flatten(0, 1)
+    total, number = contrast(codes, student, codes.flatten(), keys, *rule, 0, tau)
     if bank is not None:
-        past, more = contrast(codes, student, bank_codes, bank, similarity, None, *rule)
-        total, terms = total + past, terms + more
-    return total / terms.clamp(min=1)
+        past, more = contrast(codes, student, bank_codes, bank, *rule, None, tau)
+        total, number = total + past, number + more
+    return total / number.clamp(min=1)
 
 
-def contrast(codes, student, key_codes, keys, similarity, own=None,
-             tau=0.07, positive=0.3, negative=0.1):
+def contrast(codes, student, key_codes, keys, attract, repel, own=None, tau=0.07):
     """Minus the log of eq. 4, anchors against keys -> sum over images with a pair, their number.
 
-    codes (B,anchors), student (B,anchors,width), key_codes (keys,), keys (keys,width).
+    codes (B,anchors), student (B,anchors,width), key_codes (keys,), keys (keys,width); attract,
+    repel (codes,codes) bool: phi+ and phi- of D_M.
     own: where anchors are keys too, the first one's place; none is a positive of itself."""
-    likeness = similarity[codes][..., key_codes]  # D_M[id_q, :] (B,anchors,keys)
-    attract, repel = likeness > positive, likeness < negative
+    attract, repel = (x[codes][..., key_codes] for x in (attract, repel))  # (B,anchors,keys)
     if own is not None:
         attract.flatten(0, 1).diagonal(own).fill_(False)
     logits = F.normalize(student, dim=-1) @ F.normalize(keys, dim=-1).T / tau
@@ -308,17 +309,16 @@ def one_per_window(noise, window):
 
 def train(args):
     def load(size):
-        return data.load(args.data, args.root, "train", size=size, crops=args.crops,
-                         protocol=args.protocol)
+        return data.load(args.data, args.root, "train", size, args.crops, args.protocol)
     images = load(args.size)
-    wide = images if args.codebook_size == args.size else load(args.codebook_size)
+    larger = images if args.codebook_size == args.size else load(args.codebook_size)
     val = data.load(args.data, args.root, "val", size=args.eval_size, protocol=args.protocol)
     schedule(args, len(images))
     args.classes, args.clusters = images.classes, args.clusters or images.classes or 27
     run = common.Run("cause", args, images, val)
     model = Model(args).to(run.device).train()
     features = run.features(model.backbone, images)
-    wide_features = features if wide is images else run.features(model.backbone, wide)
+    larger_features = features if larger is images else run.features(model.backbone, larger)
 
     def anchors(grid):
         """A random token of every window of every image: (B,anchors,1)."""
@@ -327,8 +327,8 @@ def train(args):
     # 1. the codebook: communities of patches within each image
     optimizer = torch.optim.Adam([model.codebook], args.lr)
     run.keep(model=model, codebook_optimizer=optimizer)
-    for step, batch in run.loop("codebook", wide, args.codebook_steps):
-        feats = wide_features(batch)  # (B,D,h,w)
+    for step, batch in run.loop("codebook", larger, args.codebook_steps):
+        feats = larger_features(batch)  # (B,D,h,w)
         tokens = feats.flatten(2).mT.take_along_dim(anchors(feats.shape[2:]), 1)  # (B,anchors,D)
         loss = modularity_loss(tokens, model.codebook, together=FORMS[args.form])  # eq. 3
         run.log(loss=loss)
@@ -340,7 +340,7 @@ def train(args):
     # 2. the head: concept-wise contrast between student, teacher and bank
     unit = F.normalize(model.codebook, dim=-1)
     similarity = unit @ unit.T  # D_M (codes,codes)
-    rule = 0.07, *args.thresholds
+    rule = similarity > args.thresholds[0], similarity < args.thresholds[1]
     bank = Bank(args.codes, args.bank_slots, args.projection_dim).to(run.device)
     if args.bench:  # a full bank, as in most steps
         bank.vectors.normal_(std=args.projection_dim ** -0.5)
@@ -363,9 +363,9 @@ def train(args):
         codes = quantize(tokens.take_along_dim(index, 1), model.codebook)  # (B,anchors)
         key_codes, keys = common.gather(codes).flatten(), common.gather(key).flatten(0, 1)
         own = run.rank * codes.numel()
-        now, terms = contrast(codes, projected.float(), key_codes, keys, similarity, own, *rule)
-        past, more = contrast_bank(codes, code.float(), model.projection, bank, similarity, *rule)
-        loss = (now + past) * run.world / common.reduce_sum(terms + more).clamp(min=1)  # eq. 4
+        now, number = contrast(codes, projected.float(), key_codes, keys, *rule, own)
+        past, more = contrast_bank(codes, code.float(), model.projection, bank, *rule)
+        loss = (now + past) * run.world / common.reduce_sum(number + more).clamp(min=1)  # eq. 4
         linear_loss = eval.probe_losses(model, full.mT.unflatten(2, grid), batch["label"])[1]
         run.log(loss=loss, linear=linear_loss)
         optimizer.zero_grad(set_to_none=True)
@@ -377,7 +377,7 @@ def train(args):
         probe.step()
         order = torch.randperm(len(keys), generator=run.shared, device=run.device)
         bank.update(key_codes, keys, order)
-        update_teacher(model.teacher, model.student)  # after the bank, whose keys are the old one's
+        update_teacher(model.teacher, model.student)
         update_teacher(model.teacher_projection, model.projection)
 
     # 3. the clusters: the same modularity, with C centres in place of the codebook
@@ -411,22 +411,20 @@ def largest_product_fast(C):
     """Equals `largest_product` above; 12 times faster, 1/25 of the memory at 16 images of 100
     tokens and 2,048 codes (0.45 s, 0.16 GB on a CPU thread): the best code needs no gradient.
     torch.compile of the plain form takes 0.3 s, after 18 s and where there is a C++ compiler."""
-    rows, best = max(1, at_once(C) // C[0].numel()), []
-    with torch.no_grad():
-        for image in C:
-            best += [(some[:, None] * image).argmax(-1) for some in image.split(rows)]
+    rows = max(1, at_once(C) // C[0].numel())
+    best = [(some[:, None] * x).argmax(-1) for x in C.detach() for some in x.split(rows)]
     best = torch.cat(best).view(*C.shape[:2], -1)  # (B,N,N)
     return C.gather(2, best) * C.mT.gather(1, best)
 
 
-def contrast_bank(codes, code, projection, bank, similarity, tau=0.07, positive=0.3, negative=0.1):
+def contrast_bank(codes, code, projection, bank, attract, repel, tau=0.07):
     """Equals `contrast` above of projection(code) with `bank.contents()`; 7 times faster, 1/5 of
     the memory at 16 images of 49 anchors, 204,800 keys 2,048 wide (3.9 s, 1.1 GB on a CPU thread).
 
     codes (B,anchors), code (B,anchors,K), projection: linear, K -> width; tau at least 0.02.
     A product with a key v folds to the width of the code, (P y + b) . v = (y, 1) . (P^T v, b . v),
     and the keys of one code share all masks."""
-    length = projection(code).norm(dim=-1, keepdim=True)
+    length = projection(code).norm(dim=-1, keepdim=True).clamp(min=1e-12)
     y = torch.cat([code, torch.ones_like(length)], -1) / length / tau
     fold = torch.cat([projection.weight.T, projection.bias[None]])  # (K+1,width)
     spare = -len(fold) % 16  # zeros: products of aligned rows are faster
@@ -438,8 +436,7 @@ def contrast_bank(codes, code, projection, bank, similarity, tau=0.07, positive=
         exp = torch.addmm(off.view(-1, 1), part.flatten(0, 1), y.T).exp_()
         sums.append(exp.unflatten(0, off.shape).sum(1))
     sums = torch.cat(sums).T  # over the keys of a code (B*anchors,codes)
-    likeness = similarity[codes].flatten(0, 1)  # (B*anchors,codes)
-    attract, repel = likeness > positive, likeness < negative
+    attract, repel = attract[codes].flatten(0, 1), repel[codes].flatten(0, 1)  # (B*anchors,codes)
     pairs = (attract * bank.filled.sum(1)).sum(-1)  # of each anchor
     against = (sums * (attract | repel)).sum(-1)
     against = pairs * against.where(pairs > 0, 1).log()  # without a pair there may be no key at all
@@ -456,22 +453,22 @@ FORMS = {"max": largest_product_fast, "sum": sum_of_products}
 
 def arguments():
     p = common.parser(__doc__)
-    p.set_defaults(steps=1000, lr=4e-3, heads=None)  # heads: set by eval --official
+    p.set_defaults(steps=1000, lr=4e-3, heads=None)  # of attention, set by eval --official
     add = p.group("CAUSE")
     add("--head", "mlp", "mlp: two layers a token; tr: a transformer layer", choices=["mlp", "tr"])
     add("--form", "max", "modularity by the best common code, or the paper's sum", choices=[*FORMS])
-    add("--codes", 2048, "size of the codebook; 256 for a few hundred photos", low=2)
+    add("--codes", 2048, "number of code vectors; 256 for a few hundred photos", low=2)
     add("--bank-slots", 100, "past keys of a code; codes * slots * projection * 4 bytes", low=0)
     add("--window", 4, "one token of every window of so many patches a step; 2 for small grids")
     add("--thresholds", (0.3, 0.1), "code cosines: above, patches attract; below, repel", high=1)
     add("--code-dim", 90, "width K of the code")
     add("--projection-dim", 2048, "width of the contrastive space")
-    add("--codebook-size", 224, "image side in phase 1", low=8, high=8192)
+    add("--codebook-size", 224, "image side in phase 1, not the number of codes", low=8, high=8192)
     add("--eval-size", 320, "image side for scoring", low=8, high=8192)
     add("--crops", None, "crops of each image", type=int, choices=[5, 10, 20, 50])
     add("--codebook-steps", 400, "steps of phase 1")
     add("--probe-steps", 400, "steps of phase 3")
-    add("--probe", "modularity", "kmeans: clusters of all images' codes; each may hold few classes",
+    add("--probe", "modularity", "kmeans: of Y, on up to 1,000 images; each may hold few classes",
         choices=["modularity", "kmeans"])
     add("--probe-lr", 4e-3, "learning rate of both probes")
     add("--weight-decay", 1e-4, "L2 in Adam")
@@ -484,8 +481,7 @@ def arguments():
 def schedule(args, n):
     """Steps of the published epochs over n crops, each of a quarter of them: the published code has
     four processes that never exchange gradients, and keeps one."""
-    names = "codebook_steps", "steps", "probe_steps"
-    for name, epochs in zip(names, args.epochs or ()):
+    for name, epochs in zip(("codebook_steps", "steps", "probe_steps"), args.epochs or ()):
         vars(args)[name] = vars(args)[name] or epochs * max(1, -(-n // (4 * args.batch_size)))
 
 
@@ -499,8 +495,7 @@ PRESETS = {
                    probe_steps=50, codes=64),
     "scenes head=tr": dict(codebook_steps=800, lr=1e-4),  # at 1e-3 its clusters vary by ten points
     "camvid": dict(SMALL, eval_size=224),
-    "coco27": dict(PAPER, crops=5, clip=2.0), "coco27 head=tr": TR,
-    "coco27 head=mlp": dict(clip=0.1),
+    "coco27": dict(PAPER, crops=5, clip=0.1), "coco27 head=tr": dict(TR, clip=2.0),
     "coco81": dict(PAPER, crops=20), "coco81 head=tr": TR,
     "coco171": dict(PAPER, crops=20), "coco171 head=tr": TR,
     "cityscapes27": dict(PAPER, crops=5, weight_decay=0.0), "cityscapes27 head=tr": TR,

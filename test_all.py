@@ -1294,13 +1294,14 @@ def test_cause_fast_forms_as_plain():
     codes, similarity = torch.randint(24, (3, 16)), F.normalize(torch.randn(24, 5), dim=-1)
     bank, projection = cause.Bank(24, 4, 20), torch.nn.Linear(6, 20)
     code, similarity = torch.randn(3, 16, 6, requires_grad=True), similarity @ similarity.T
+    rule = similarity > 0.3, similarity < 0.1
     for elements, _ in product((600, 2 ** 20), range(3)):
         with mock.patch.object(cause, "at_once", lambda x: elements):
             plain, fast = (cause.modularity_loss(x, book, together=form)
                            for form in (cause.largest_product, cause.largest_product_fast))
             close(fast, plain, 1e-6, inputs=[book])
-            fast, images = cause.contrast_bank(codes, code, projection, bank, similarity)
-            plain, wanted = cause.contrast(codes, projection(code), *bank.contents(), similarity)
+            fast, images = cause.contrast_bank(codes, code, projection, bank, *rule)
+            plain, wanted = cause.contrast(codes, projection(code), *bank.contents(), *rule)
             close(fast, plain, 1e-5, inputs=[code, *projection.parameters()])
             assert images == wanted
         bank.update(torch.randint(24, (60,)), torch.randn(60, 20), torch.randperm(60))
