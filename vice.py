@@ -14,7 +14,7 @@ frozen, and clusters and a linear model are fitted on it. No label reaches the n
     python vice.py --data cityscapes19 --root DIR --decoder deeplab            # Table 3, or ...101
     python eval.py RUN --filters 27 --clusters 128   # L, and C by majority, of Tables 1 and 8
     python eval.py RUN --data cityscapes19 --root DIR                          # Table 9
-    Table 2: --region-size 10, --regions grid --region-size 1 or 10, --mask 0. 4: --regions grid.
+    Table 2: --region-size 10, --regions grid --region-size 1 or 10, --mask 0; 4: --regions grid.
     Tables 5, 6: --view-size --mask --prototypes --queue --views --code-dim --beta. Other decoders
     of 2 and 4, and 11 (fine-tuning with labels): no command. 8, COCO: --arch resnet50.
 
@@ -30,9 +30,9 @@ of 5 x 256 x 256 whose superpixels it knows, else 66; a batch of 32 has 52 MB.
     (x,y)* a content-rich point           drawn from `content`
     M views, size coefficient beta        `make_views`, --views, --beta
     random masking                        `mask_rectangle`, `mask_views`
-    f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w), h = H/4; K is --code-dim
+    f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w), h = H/4; --code-dim is K
     I mutual regions, vectors z*          `resize_regions`, `embed_regions`
-    C = (c1, ..., cK) concepts            model.prototypes (prototypes,K)
+    C, the paper's K concepts             model.prototypes (prototypes,K)
     scores s* (eq. 3), assignment q       z @ prototypes.T, `sinkhorn`
     loss (eq. 4, algorithm 3)             `swapped_prediction_loss`
     linear model of L filters             `linear_model`, --filters
@@ -42,17 +42,18 @@ Departures of the published code, followed here, from the paper:
     beta 0.5 to 1.5 (text: 2); prototypes 27 with FPN (text: 128); regions 20 pixels (Table 2: 10)
     "25 %" bounds the sides of the noise; touched superpixels become noise and are no targets
     the queue holds embeddings, not scores, and joins from step 313; 5,000 a GPU, in all 160,000
-    one mean over all regions (eq. 4: per image); Cityscapes has 19 classes (text: 27)
+    one mean over all regions (eq. 4: per image, and over M); Cityscapes has 19 classes (text: 27)
 Ours from the published code:
     trained on COCO's curated list (49,629) and Cityscapes' train split (2,975) for as many steps;
-    theirs on all 241,690 and 5,000 images, val and test too
+    theirs on 241,690 (unlabelled ones, too) and on all 5,000, val and test too
     DeepLab's configurations take one pixel for a region and add a coherence loss: not built, so
     their numbers come from another loss; their images have 500 pixels or more, here COCO's 480
     the queue fills from step 0, without random vectors; prototypes are unit from the start
     superpixel 0 is kept; labels and noise are resized by one rule
     batch statistics over all processes (published: a node's four), on a CPU over each alone
-    --accumulate: Sinkhorn and batch statistics see a part of the batch at a time
+    --accumulate: Sinkhorn, batch statistics, the mean of the loss and the log see a part at a time
     one order of colour changes a step; clusters fitted on 20 pixels an image (theirs: not released)
+    as many clusters as classes are matched one to one (the paper: by majority)
     scenes and camvid: distortion at 0.4 (at full strength 26, not 34 mIoU on scenes), narrow beta,
     12 or 8 x 3 views a step (4 x 5 did not learn), the linear model fitted on sampled pixels
 """
@@ -82,7 +83,7 @@ def slic(image, region_size=20, ruler=10, iterations=5):
     A seed takes the pixels around it that are nearer to it than to other seeds, in colour and in
     place, then moves to their mean. Connectivity is not enforced, as published: a label may lie in
     pieces. numpy in, numpy out; torch likewise."""
-    # BGR; its sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
+    # BGR; the blur's sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
     pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
     centres = np.concatenate(seeds(pixels, region_size), 1)  # (seeds,5): colour, x, y
     weight = np.float32((region_size / ruler) ** 2)
@@ -221,7 +222,7 @@ def resize_regions(crops, shared, kept, side):
     for labels, (x0, y0, x1, y1) in zip(crops, shared * side):
         a, b = labels.shape
         view = labels[steps * a // side][:, steps * b // side]  # rounded down as OpenCV does
-        part = view[y0 // a:y1 // a, x0 // b:x1 // b] if views else view  # all of 0, as published
+        part = view[y0 // a:y1 // a, x0 // b:x1 // b] if views else view  # published: view 0 whole
         kept = kept & np.isin(ids, part)
         views.append(view)
     return np.stack(views), kept
@@ -231,11 +232,11 @@ def make_views(picture, regions, rng, args):
     """uint8 (3,H,W), regions (H,W) -> views uint8 (views,3,side,side), regions (views,side,side).
     Ids become 0, 1, ... for the regions that all views show, -1 for none, -2 for noise."""
     def von_mises(peak, n=None):
-        return (rng.vonmises(peak, 2, n) + math.pi) / (2 * math.pi)
+        return (rng.vonmises(peak, 2, n) + math.pi) / (2 * math.pi)  # likeliest 0.5, or 0.75
     (H, W), side, count = regions.shape, args.view_size, int(regions.max()) + 1
     p = content(picture.permute(1, 2, 0).numpy()).cumsum()
     y, x = divmod(min(int(np.searchsorted(p, rng.random() * p[-1])), H * W - 1), W)
-    sizes = rng.uniform(*args.beta, args.views) * side
+    sizes = rng.uniform(*sorted(args.beta), args.views) * side
     centres = [clip_centre(x, y, sizes[0], sizes[0], W, H)]
     for i, s in enumerate(sizes[1:]):
         x, y = near(centres[0], s, i, args.views - 1, von_mises(0), von_mises(math.pi / 2))
@@ -313,8 +314,7 @@ class Network(nn.Module):
     def __init__(self, resnet, decoder, K, depth=None):
         super().__init__()
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-        stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
-        self.stages = nn.ModuleList(stages[:depth])
+        self.stages = nn.ModuleList(getattr(resnet, f"layer{k}") for k in range(1, 5))[:depth]
         for stage, dilation in zip(self.stages[2:], (2, 4)):
             for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
                 conv.stride = 1, 1
@@ -324,16 +324,15 @@ class Network(nn.Module):
         self.decoder = {"fpn": FPN, "deeplab": DeepLab}[decoder](widths[:depth], K)
 
     def forward(self, x):
-        x, maps = self.stem(x), []
+        maps = [self.stem(x)]
         for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return self.decoder(maps)
+            maps.append(stage(maps[-1]))
+        return self.decoder(maps[1:])
 
 
 def linear_model(K, filters, classes):
-    """Linear model of L filters: (B,K,H,W) -> (B,C,H,W). The paper calls it a 1x1 convolution; the
-    published code has two with BN between them."""
+    """Linear model of L filters: (B,K,H,W) -> (B,classes,H,W). The paper calls it a 1x1
+    convolution; the published code has two with BN between them."""
     return nn.Sequential(nn.Conv2d(K, filters, 1, bias=False), nn.BatchNorm2d(filters),
                          nn.Conv2d(filters, classes, 1))
 
@@ -363,8 +362,7 @@ def region_mean(embedding, regions, count):
     """Mean raw embedding of each region: (K,H,W), ids (H,W), negative = none -> (count,K)."""
     inside = regions >= 0
     ids = regions[inside]
-    sums = embedding.new_zeros(count, len(embedding))
-    sums = sums.index_add(0, ids, embedding[:, inside].T)
+    sums = embedding.new_zeros(count, len(embedding)).index_add(0, ids, embedding[:, inside].T)
     return sums / torch.bincount(ids, minlength=count).clamp(min=1)[:, None]
 
 
@@ -404,8 +402,8 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
 # ---------------------------------------------------------------- training
 
 class Views(torch.utils.data.Dataset):
-    """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 for tiny
-    ones (`make_views`), index, path, error. ValueError: 100 images without a common region.
+    """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 where
+    they may be many, index, path, error. ValueError: 100 images without a common region.
 
     Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold."""
     def __init__(self, images, args):
@@ -441,7 +439,8 @@ class Views(torch.utils.data.Dataset):
             rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
             views, regions = make_views(picture, self.regions(i, picture), rng, self.args)
             if regions.max() >= 0:
-                kind = np.int16 if self.args.region_size > 3 else np.int32
+                few = self.args.view_size * self.args.beta[1] < 128 * self.args.region_size
+                kind = np.int16 if few else np.int32
                 return {**item, "image": views, "regions": torch.from_numpy(regions.astype(kind))}
             i = torch.randint(len(self), ()).item()  # no region that all views show: another image
         raise ValueError("100 images have no region that all views show; lower --region-size")
@@ -464,9 +463,8 @@ class LARS(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum"] for p in params]
             gradients, decay = [p.grad for p in params], group["weight_decay"]
             length, steepness = (torch.stack(torch._foreach_norm(x)) for x in (params, gradients))
-            rate = group["trust"] * length / (steepness + decay * length + 1e-8)
-            scaled = (length > 0) & (steepness > 0)
-            rate = torch.where(scaled, rate, 1.0)
+            scaled, rate = (length > 0) & (steepness > 0), group["trust"] * length
+            rate = torch.where(scaled, rate / (steepness + decay * length + 1e-8), 1.0)
             rate, decay = torch.stack([rate, decay * scaled * rate]).tolist()
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, torch._foreach_mul(gradients, rate))
@@ -515,17 +513,17 @@ def train(args):
     for step, batch in run.loop("network", Views(images, args), args.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.zero_grad(set_to_none=True)
-        parts = zip(batch["image"].chunk(args.accumulate), batch["regions"].chunk(args.accumulate))
-        for views, regions in parts:
-            views, regions = augment(views, regions, args, run)  # (views,B,...)
+        for part in zip(*(batch[x].chunk(args.accumulate) for x in ("image", "regions"))):
+            views, regions = augment(*part, args, run)  # (views,B,...)
             with run.autocast():  # all views at once: they share batch statistics
                 maps = model.network(views.flatten(0, 1)).float()
-            numbers = common.gather(regions[0].flatten(1).amax(1) + 1)  # regions of each image
-            z = embed_regions_folded(maps, regions.flatten(0, 1), int(numbers.max()))
+            counts = common.gather(regions[0].flatten(1).amax(1) + 1)  # regions of each image
+            most = int(counts.max())
+            z = embed_regions_folded(maps, regions.flatten(0, 1), most)
             z = z.unflatten(0, regions.shape[:2])  # (views,B,most,K)
-            real = torch.arange(z.shape[2], device=run.device) < numbers[:, None]  # (images,most)
+            real = torch.arange(most, device=run.device) < counts[:, None]  # (images,most)
             everyone = common.gather(z[0].detach())[real]  # (all regions,K)
-            before = numbers[:run.rank * z.shape[1]].sum()
+            before = counts[:run.rank * z.shape[1]].sum()
             z = z[1:, real.chunk(run.world)[run.rank]]  # (views-1,own regions,K)
             past = queue[queue.any(1)] if step >= args.queue_start else queue[:0]
             scores = torch.cat([everyone, past]) @ model.prototypes.detach().T
@@ -534,7 +532,7 @@ def train(args):
             loss = loss * z.shape[1] * run.world / len(everyone)  # their mean: over all regions
             (loss / args.accumulate).backward()
             queue.copy_(torch.cat([everyone, queue])[:len(queue)])  # the oldest leave
-        run.log(loss=loss, regions=len(everyone) / len(numbers))
+        run.log(loss=loss, regions=len(everyone) / len(counts))
         if step < args.freeze:
             model.prototypes.grad = None
         optimizer.step()
@@ -542,9 +540,9 @@ def train(args):
     if args.bench:
         return 0
     model.eval()
-    pixels = max(args.probe_pixels, 10 * args.clusters // len(whole))  # of few images, more of each
-    points, _ = eval.sample_points(model, whole, run.device, pixels, args.probe_images, args.seed,
-                                   args.workers)
+    some = min(len(whole), args.probe_images)
+    pixels = max(args.probe_pixels, 10 * args.clusters // some)  # of few images, more of each
+    points, _ = eval.sample_points(model, whole, run.device, pixels, some, args.seed, args.workers)
     model.cluster.clusters.data.copy_(eval.kmeans(points, args.clusters, seed=args.seed))
     rows = {}
     if val.classes:
@@ -573,8 +571,7 @@ def fit_linear(model, images, filters, args):
     """A linear model of so many filters (L) on the frozen network. images: a train split."""
     torch.manual_seed(args.seed)
     model.eval()
-    _, K = model.prototypes.shape
-    linear = linear_model(K, filters, images.classes).to(model.prototypes.device)
+    linear = linear_model(args.code_dim, filters, images.classes).to(model.prototypes.device)
     optimizer = torch.optim.SGD(linear.parameters(), 0.01, 0.9, weight_decay=5e-4)
     batches = whole_images if args.probe_batch else random_pixels
     for step, (z, label) in enumerate(batches(model, images, args)):
@@ -733,7 +730,7 @@ PRESETS = {
     "smoke": dict(weights="none", view_size=64, steps=10, batch_size=2, queue_start=5, freeze=3,
                   probe_images=20, probe_steps=10),
 }
-PRESETS["cityscapes27"] = PRESETS["cityscapes19"]
+PRESETS = {key.replace("cityscapes19", "cityscapes27"): x for key, x in PRESETS.items()} | PRESETS
 
 
 if __name__ == "__main__":
