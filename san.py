@@ -39,7 +39,7 @@ Departures from the paper:
     test time    semantics averaged in training, not those of the test batch: who else is in it must
                  not change a prediction (--semantics batch: the paper's)
     gates        sigmoid (Fig. 3), for a simplex (text) flattens the attention
-    uniformity   eq. 6, 7 are left out, as by the paper in the end; S^T S = E needs N >= P
+    uniformity   eq. 6, 7 are left out, as by the paper in the end; S^T S = E needs semantics >= P
     Potsdam      three channels of four: infrared is dropped
     scores       mIoU, too; val alone, whole (IIC: crops, of train too); COCO-27, Cityscapes: 128 px
 """
@@ -85,8 +85,8 @@ class Generator(nn.Module):
     def __init__(self, width, semantics, layers, gates, patch=8):
         super().__init__()
         self.gate, self.embed = gates, nn.Conv2d(3, width, patch, patch)
-        # [1] the transformer: heads of 64, hidden width 4P, GELU, norms first, no class token,
-        # sinusoidal positions, which fit images of any size
+        # [1] the transformer: heads of 64, hidden width 4P, GELU, norms first and one last,
+        # no dropout, no class token, sinusoidal positions, which fit images of any size
         layer = nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, 0.0, F.gelu,
                                            batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width),
@@ -99,7 +99,7 @@ class Generator(nn.Module):
         self.W1, self.W2 = (nn.Parameter(torch.randn(shape) * width ** -0.5) for _ in range(2))
         self.b1, self.b2 = (nn.Parameter(torch.zeros(semantics, width)) for _ in range(2))
         # [3] "the normalization layer" that orthogonalises them: batch norm over the semantics,
-        # which takes away what they share; all are there at test time too
+        # which takes away what they share; without running statistics, for all are always there
         self.norm = nn.InstanceNorm1d(width, affine=True)
         # [4] token matcher, sizes not given: the mean of an image's tokens -> P/2 -> semantics
         self.matcher = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(),
@@ -130,8 +130,8 @@ class Generator(nn.Module):
 
 def prepare(images, normalise):
     """Images of the data set (...,3,H,W) -> the network's input, which it must also paint."""
-    # [7] the range of the target: by ImageNet's mean and deviation or, on scenes and CamVid, by
-    # each photo's own: light and colour cast go, which who paints cannot ignore
+    # [7] the range of the target. set: by ImageNet's mean and deviation, as the data set gives it;
+    # image (scenes, CamVid): by each photo's own, else much of the painting is light and cast
     if normalise == "image":
         images = images - images.mean((-2, -1), keepdim=True)
         images = images / images.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=0.1)
@@ -165,14 +165,12 @@ class Model(nn.Module):
 
     def gamma(self, tokens, total=alone):
         """Tokens (B,N,width) -> Gamma (B,semantics,width): semantics scaled by the gates."""
-        if self.mode == "average" and not self.training:
-            s = self.average
-        else:
+        s = self.average
+        if self.training or self.mode != "average":
             s = self.generator.semantics(tokens, self.mode != "image", total)
-        if self.mode == "average" and self.training:
-            with torch.no_grad():
-                self.seen += 1
-                self.average.lerp_(s, (1 / self.seen).clamp(min=0.1))  # a plain mean at first
+        if self.training and self.mode == "average":  # it moves on
+            self.seen += 1
+            self.average.lerp_(s.detach(), (1 / self.seen).clamp(min=0.1))  # a plain mean at first
         # [12] where p acts: on the rows of Gamma, which is key and value alike
         return self.generator.gates(tokens)[:, :, None] * s
 
@@ -254,8 +252,7 @@ def train(args):
     reconstruct = Model.reconstruct if args.plain else reconstruct_folded
     optimizer = torch.optim.Adam([p for name, p in model.named_parameters()
                                   if not name.startswith(("linear.", "cluster."))], args.lr)
-    linear = model.linear.parameters() if model.linear else []
-    probe = torch.optim.Adam([{"params": linear}], 0.01)
+    probe = torch.optim.Adam([{"params": model.linear.parameters() if model.linear else []}], 0.01)
     run.keep(model=model, optimizer=optimizer, probe=probe)
     crops = Crops(images, args.size, args.normalise, args.augment)
     for step, batch in run.loop("head", crops, args.steps):
@@ -316,10 +313,9 @@ def fold(convolution, norm, found=None, total=alone):
         mu = sums / count  # (d,)
         covariance = products / count - mu[:, None] * mu  # (d,d)
         mean, var = W @ mu, ((W @ covariance) * W).sum(1).clamp(min=0)  # diag W cov W^T
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(var * count / (count - 1), norm.momentum)  # unbiased, as PyTorch
-            norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.detach(), norm.momentum)
+        norm.running_var.lerp_(var.detach() * count / (count - 1), norm.momentum)  # unbiased
+        norm.num_batches_tracked += 1
     scale = norm.weight * (var + norm.eps).rsqrt()
     return scale[:, None] * W, norm.bias - scale * mean
 
@@ -362,7 +358,7 @@ def arguments():
     add("--dim", 1024, "length of all embeddings, a multiple of 64; 64 serves scenes", low=64)
     add("--layers", 6, "layers of the transformer")
     add("--eval-size", 128, "shorter side of a photo before it is cropped, or scored", low=8)
-    add("--normalise", "set", "mean and deviation of all photos, or each", choices=["set", "image"])
+    add("--normalise", "set", "mean, deviation of ImageNet or each photo", choices=["set", "image"])
     add("--augment", False, "mirror, jitter and drop colours; the paper's, for Potsdam only")
     add("--semantics", "average", "to predict: the average of training's, or, as published, the "
         "batch's; image: each image has its own, always", choices=["average", "batch", "image"])
@@ -370,7 +366,7 @@ def arguments():
         choices=["sigmoid", "softmax", "none"])
     add("--target", "decoded", "what the mixture of semantics must paint: what Q paints, or x",
         choices=["decoded", "image"])
-    add("--reconstruction", True, "L_Rec; without it training collapses")
+    add("--reconstruction", True, "L_Rec; without it training collapses, unless --target image")
     add("--plain", False, "store Q and Theta; equal in one process")
     return p
 

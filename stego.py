@@ -24,14 +24,16 @@ GAP, x_knn; x_rand           `nearest_neighbors`, batch["positive"]; `shifted_pe
 Departures from the paper (p) and from the published code (c)
 p  eq. 3 takes out a row's mean; here as in the code the mean of all is put back, which b is set for
 p  eq. 4 sums over pairs; here as in the code a mean
-p  x_rand is one shuffle; here as in the code five a step, with repeats (--negatives 1: the paper)
-p  batch 32; here as in the code 16, for 5,000 steps, over all processes together
+p  x_rand is one shuffle; here as in the code five a step, with repeats (--negatives 1: one)
+p  batch 32; here as in the code 16, for 5,000 steps; the code's 16 are a GPU's, here all processes'
+p  images are resized bilinearly; here as in the code to the nearest pixel
+p  one dropout of the features; here as in the code three: of either branch, and of the loss
 p  table 6 is ViT-B's; ViT-S and Potsdam have the published configuration's shifts
 p  K = 70; Cityscapes here 100, as its released checkpoint; that of COCO with ViT-B has probably 90
 p  --auto-shift is the rule of thumb of section 3.3 and A.11, followed by the program
 p  --probe kmeans: centres that learn online and never win never move, and small classes are lost
 p  MoCo v2's rows had another network: stride 32, one 1x1 convolution, no dropout, 56 x 56 codes
-c  neighbours come from features with dropout, in a file named without the patch size; here without
+c  neighbours come from features with dropout, in a file named without the patch size; here neither
 c  five crops are cut to JPEG files; here on the fly
 c  the checkpoint of the best validation score counts; here the last
 c  terms of weight 0 (contrastive CRF of A.9, reconstruction, augmented views) are left out
@@ -114,18 +116,19 @@ def correlation_loss(feat_a, feat_b, code_a, code_b, shift,
                      pointwise=True, zero_clamp=True, stabilize=False):
     """L_corr, eq. 4, of features (B,D,S,S) and codes (B,K,S,S) at sampled points -> scalar.
 
-    pointwise: spatial centring, eq. 3. zero_clamp: codes with a cosine below 0 do not move;
-    stabilize: nor those above 0.8. No gradient reaches the features."""
-    f = correlation(feat_a, feat_b).detach()  # F of the paper, (B,S,S,S,S)
-    s = correlation(code_a, code_b)  # S
+    pointwise: spatial centring, eq. 3. zero_clamp: pairs of codes with a cosine below 0 get no
+    gradient; stabilize: nor those above 0.8. None reaches the features."""
+    fd = correlation(feat_a, feat_b).detach()  # the paper's F, (B,S,S,S,S)
+    cd = correlation(code_a, code_b)  # its S
     if pointwise:
-        f = f - f.mean((3, 4), keepdim=True) + f.mean()  # eq. 3
-    s = s.clamp(0.0 if zero_clamp else -torch.inf, 0.8 if stabilize else torch.inf)
-    return -((f - shift) * s).mean()  # eq. 4; without clamps eq. 2
+        fd = fd - fd.mean((3, 4), keepdim=True) + fd.mean()  # eq. 3
+    cd = cd.clamp(0.0 if zero_clamp else -torch.inf, 0.8 if stabilize else torch.inf)
+    return -((fd - shift) * cd).mean()  # eq. 4; without clamps eq. 2
 
 
 def shifted_permutation(permutation):
-    """(n,) -> (n,): an element at its own place moves on by one, so no image meets itself.
+    """(n,) -> (n,): an element at its own place moves on by one, so no image, of two or more, meets
+    itself.
 
     >>> shifted_permutation(torch.tensor([2, 1, 0, 3]))
     tensor([2, 2, 0, 0])"""
@@ -137,11 +140,10 @@ def shifted_permutation(permutation):
 def first_shifts(feats, feats_pos):
     """Shifts (3,) for --auto-shift to start from: the mean of a batch's correspondences plus half a
     deviation (centred) for self and knn, a whole one for rand: a third and a sixth attract."""
-    maps = (feats, feats_pos, feats.roll(1, 0))
-    maps = [F.interpolate(x, (11, 11), mode="bilinear") for x in maps]
-    pairs = [correlation(maps[0], x) for x in maps]
-    return torch.stack([f.mean() + above * (f - f.mean((3, 4), keepdim=True)).std()
-                        for f, above in zip(pairs, (0.5, 0.5, 1.0))])
+    a, b = (F.interpolate(x, (11, 11), mode="bilinear") for x in (feats, feats_pos))
+    pairs = [correlation(a, x) for x in (a, b, a.roll(1, 0))]
+    return torch.stack([fd.mean() + above * (fd - fd.mean((3, 4), keepdim=True)).std()
+                        for fd, above in zip(pairs, (0.5, 0.5, 1.0))])
 
 
 @torch.no_grad()
@@ -149,9 +151,9 @@ def adjust(shifts, start, cosines, targets, step, total):
     """--auto-shift, the rule of section 3.3: move shifts (self, knn, rand) in place so that mean
     code cosines (2,) of neighbours and random pairs come to `targets` (2,).
 
-    Pairs too alike: more pressure. Self follows knn, since both attract. The gain falls as 1/step.
-    Only that of random pairs, whose target can be reached, may move far: shifts that sink for the
-    0.3 that neighbours rarely reach merge clusters."""
+    Pairs too alike, by more than 0.02: more pressure. Self follows knn, since both attract. The
+    gain falls with step / total. Rand may move by 0.4, self and knn by 0.05 alone: neighbours
+    rarely reach 0.3, and shifts that sink all the way for it merge clusters."""
     error = F.softshrink(cosines - targets, 0.02)
     moved = shifts + 30 / total / (1 + 20 * step / total) * error[[0, 0, 1]]
     for i, reach in enumerate((0.05, 0.05, 0.4)):
@@ -183,9 +185,9 @@ def nearest_neighbors(features, k):
     n, found = len(unit), []
     for rows in torch.arange(n, device=unit.device).split(max(1, 2 ** 26 // n)):
         cosine = unit[rows] @ unit.T
-        cosine[torch.arange(len(rows), device=unit.device), rows] = 2  # itself, even among copies
+        cosine.scatter_(1, rows[:, None], 2)  # itself, even among copies
         found.append(cosine.topk(min(k, n), dim=1).indices)
-    columns = [0] + [min(1 + i % max(1, n - 1), n - 1) for i in range(k - 1)]
+    columns = [0] + [1 + i % (n - 1) if n > 1 else 0 for i in range(k - 1)]
     return torch.cat(found)[:, columns]
 
 
@@ -225,6 +227,7 @@ def train(args):
     shifts = torch.tensor([args.shift_self, args.shift_knn, args.shift_rand], device=run.device)
     start = shifts.clone()
     targets = torch.tensor([args.target_knn, args.target_rand], device=run.device)
+    alike = dict(generator=run.shared, device=run.device)  # the same draws in all processes
     form = dict(pointwise=args.centering, zero_clamp=args.zero_clamp, stabilize=args.stabilize)
     run.keep(model=model, optimizer=optimizer, probes=probes, shifts=shifts, start=start,
              neighbors=neighbors)
@@ -236,18 +239,16 @@ def train(args):
             shifts.copy_(start)
 
         # every process computes the loss of the global batch, on the same points and pairs
-        f, c = common.gather(model.head.drop(feats)), common.gather(code)  # dropped as published
+        f, c = common.gather(model.head.drop(feats)), common.gather(code)  # with dropout
         f_pos, c_pos = common.gather(model.head.drop(feats_pos)), common.gather(code_pos)
-        coords, coords_pos = 2 * torch.rand(2, len(f), args.points, args.points, 2,
-                                            generator=run.shared, device=run.device) - 1
+        coords, coords_pos = 2 * torch.rand(2, len(f), args.points, args.points, 2, **alike) - 1
         fa, ca = sample(f, coords), sample(c, coords)  # (B,D,S,S), (B,K,S,S)
         fb, cb = sample(f_pos, coords_pos), sample(c_pos, coords_pos)
         own = correlation_loss(fa, fa, ca, ca, shifts[0], **form)
         knn = correlation_loss(fa, fb, ca, cb, shifts[1], **form)
         rand = cosine_rand = 0
         for _ in range(args.negatives):
-            order = torch.randperm(len(f), generator=run.shared, device=run.device)
-            other = shifted_permutation(order)
+            other = shifted_permutation(torch.randperm(len(f), **alike))
             fr, cr = sample(f[other], coords_pos), sample(c[other], coords_pos)
             rand = rand + correlation_loss(fa, fr, ca, cr, shifts[2], **form) / args.negatives
             cosine_rand = cosine_rand + correlation(ca, cr).mean() / args.negatives
@@ -265,8 +266,7 @@ def train(args):
         (cluster + linear).backward()
         probes.step()
         if args.auto_shift:
-            cosines = torch.stack([cosine_knn, cosine_rand])
-            adjust(shifts, start, cosines, targets, step, args.steps)
+            adjust(shifts, start, torch.stack([cosine_knn, cosine_rand]), targets, step, args.steps)
     return eval.finish(run, model, images, val)
 
 
@@ -275,24 +275,23 @@ def plot_correspondence(args):
     """Figure 2: three points of the first picture, and how alike all patches are to them (eq. 1):
     the patch least like the mean, then those least like the points before."""
     backbone = common.load_backbone(args.arch, args.weights, args.depth)
-    p, side, photos, maps, cells = backbone.patch, max(args.size, 224), [], [], []
+    p, side, cells = backbone.patch, max(args.size, 224), []
+    colours = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.6, 0.1], [0.2, 0.3, 1]])[..., None, None]
     for path in args.plot_correspondence:
         photo, error = data.attempt(data.read_image, path)
         if error:
             raise ValueError(f"{path} cannot be read as an image: {error}")
         photo = v2.functional.center_crop(v2.functional.resize(photo, [side]), [side])
-        photos.append(v2.functional.pil_to_tensor(photo) / 255)  # (3,H,W)
-        feats = backbone((photos[-1] - common.MEAN)[None] / common.STD)[0]
-        maps.append(F.normalize(feats, dim=0))  # (D,h,w)
-    unit = maps[0].flatten(1)  # (D,N)
-    points = [(unit.mean(1) @ unit).argmin().item()]
-    for _ in range(2):
-        points.append((unit[:, points].T @ unit).amax(0).argmin().item())
-    colours = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.6, 0.1], [0.2, 0.3, 1]])[..., None, None]
-    for photo, feats in zip(photos, maps):
-        heat = torch.einsum("dk,dhw->khw", unit[:, points], feats).clamp(min=0)[:, None]
+        photo = v2.functional.pil_to_tensor(photo) / 255  # (3,H,W)
+        feats = F.normalize(backbone((photo - common.MEAN)[None] / common.STD)[0], dim=0)  # (D,h,w)
+        if not cells:  # the first picture, whose points are looked for in all
+            unit = feats.flatten(1)  # (D,N)
+            points = [(unit.mean(1) @ unit).argmin().item()]
+            for _ in range(2):
+                points.append((unit[:, points].T @ unit).amax(0).argmin().item())
+        heat = torch.einsum("dn,dhw->nhw", unit[:, points], feats).clamp(min=0)[:, None]
         heat = F.interpolate(heat, (side, side), mode="bilinear")
-        cells += [photo, *(1 - heat) * 0.6 * photo + heat * colours]
+        cells += [photo, *((1 - heat) * 0.6 * photo + heat * colours)]
     for point, colour in zip(points, colours):
         y, x = (p * k for k in divmod(point, side // p))
         cells[0][:, y:y + p, x:x + p] = colour
@@ -331,12 +330,12 @@ def arguments():
     add("--five-crop", False, "five half-size crops of each image: detail, and more neighbours")
     add("--zero-clamp", True, "orthogonal codes stay as they are; unstable without")
     add("--centering", True, "spatial centring, eq. 3")
-    add("--stabilize", False, "codes closer than 0.8 are pulled no further")
+    add("--stabilize", False, "codes closer than 0.8 are neither pulled nor pushed")
     return p
 
 
-# Shifts belong to a data set and a backbone. Scenes' and CamVid's, the defaults, were chosen by
-# validation mIoU, so with labels.
+# Shifts belong to a data set and a backbone; with another take --auto-shift. Scenes' and CamVid's,
+# the defaults, were chosen by validation mIoU, so with labels.
 PRESETS = {
     "folder": dict(steps=500, lr=5e-3, probe="kmeans"),  # 1,000 steps at 5e-4: 4 mIoU less
     "scenes": dict(size=96, eval_size=96, steps=200, points=7, probe="kmeans", auto_shift=False),
