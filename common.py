@@ -567,8 +567,9 @@ class Run:
         if self.args.bench:
             return features
         unknown = [m for m in backbone.modules() if isinstance(m, WithoutPlace) and not m.known]
-        if self.args.cache_features or unknown and not self.loaded:
-            table, *moments = self._pass(features, dataset)  # raw: a place not known yet is zero
+        measure = bool(unknown) and not self.loaded
+        if self.args.cache_features or measure:  # raw: a place not known yet is zero
+            table, *moments = self._pass(features, dataset, measure)
         for module in unknown:
             if self.loaded:
                 load_trained(module.place, self.loaded["model"].get("backbone.place"))
@@ -579,9 +580,9 @@ class Run:
                 part.copy_(module.less(part.to(module.place)))
         return features
 
-    def _pass(self, features, dataset):
-        """Over all images, or over 2,000 without --cache-features -> table (images,D,h,w) or None,
-        how many could be read, sums of their features (D,h,w) and of the squares (D,)."""
+    def _pass(self, features, dataset, measure):
+        """Over all images, or over 2,000 without --cache-features -> table (images,D,h,w) or None;
+        if measured, how many were read, sums of features (D,h,w) and of their squares (D,)."""
         keep, size, table = self.args.cache_features, len(dataset), None
         n, total, squares = 0, 0.0, 0.0
         some = range(size) if keep else torch.linspace(0, size - 1, min(2000, size)).long().tolist()
@@ -595,9 +596,10 @@ class Run:
                     say(f"--cache-features: {table.nbytes / 1e6:,.0f} MB for {size:,} images")
                 table[index] = feats.half()
                 dataset.unreadable = {*dataset.unreadable, *index[~good].tolist()}
-            feats = feats[good].double()
-            n, total = n + len(feats), total + feats.sum(0)
-            squares = squares + feats.square().sum((0, 2, 3))
+            if measure:
+                feats = feats[good].double()
+                n, total = n + len(feats), total + feats.sum(0)
+                squares = squares + feats.square().sum((0, 2, 3))
         dataset.read_images = not keep  # the loaders to come need not open the files again
         return table, n, total, squares
 
