@@ -1112,24 +1112,24 @@ COMMANDS = {  # option that says what is done -> what else it uses, beside --dev
 
 
 def arguments():
-    p, whole = common.Parser(__doc__), common.number
+    p, number = common.Parser(__doc__), common.number
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; several are compared")
     add = p.group("scoring")
     add("--crf", False, "also with the fully connected CRF", action="store_true")
     add("--flip", False, "also with the code averaged over the mirrored image", action="store_true")
     add("--clusters", None, "also K-means with N centres on the code; where N is not the number of "
-        "classes, also by majority of train labels", type=whole(2), nargs="+", metavar="N")
-    add("--filters", None, "vice: also a linear model of L filters", type=whole(), metavar="L")
+        "classes, also by majority of train labels", type=number(2), nargs="+", metavar="N")
+    add("--filters", None, "vice: also a linear model of L filters", type=number(), metavar="L")
     add("--data", None, "score on this data set, with probes fitted on its train split")
     add("--root", None, "where the data lies, if not where it lay at training", metavar="DIR")
     add("--split", "val", "val, train, ...")
     add("--protocol", None, "how images are resized and cropped, if not as at training")
     add("--size", None, "shorter side at which the network sees an image, if not as at training; "
-        "with --images, 0 leaves images as they are", type=whole(0, 8192), metavar="PIXELS")
+        "with --images, 0 leaves images as they are", type=number(0, 8192), metavar="PIXELS")
     add = p.group("your own pictures")
     add("--images", None, "segment these files and folders", nargs="+", metavar="PATH")
     add("--out", None, "where results go; of --images: a new folder, or results", metavar="DIR")
-    add("--tile", None, "at full size, in tiles of N pixels; try 512", type=whole(32), metavar="N")
+    add("--tile", None, "at full size, in tiles of N pixels; try 512", type=number(32), metavar="N")
     add("--names", None, "a name per line for ids 0, 1, ...", metavar="FILE")
     add("--head", "cluster", "which probe", choices=("cluster", "linear"))
     add("--legend", False, "a legend below every overlay", action="store_true")
@@ -1141,7 +1141,7 @@ def arguments():
     add = p.group("backbone, machine")
     add("--arch", None, "without RUN: score the raw backbone, by K-means and linear probe")
     add("--weights", None, "backbone weights, if not where they lay", metavar="FILE|none")
-    add("--depth", None, "with --arch: the first K blocks", type=whole(), metavar="K")
+    add("--depth", None, "with --arch: the first K blocks", type=number(), metavar="K")
     add("--seed", 0, "of K-means, with --arch", low=0)
     add("--batch-size", 16, "images at a time")
     add("--device", None, "cuda, cpu; else the accelerator if there is one")
