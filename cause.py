@@ -176,17 +176,22 @@ class Model(nn.Module):
         self.cluster = eval.ClusterProbe(K, args.clusters)
         nn.init.uniform_(self.cluster.clusters, -1 / args.clusters, 1 / args.clusters)
 
-    def encode(self, head, tokens, grid, index=None):
+    def concepts(self, tokens):
+        """Tokens (B,N,D) -> Q, their code vectors (B,N,D), not unit ones; None for the MLP."""
+        if isinstance(self.teacher, TRHead):
+            return self.codebook.detach()[quantize(tokens, self.codebook)]
+
+    def encode(self, head, tokens, concepts, grid, index=None):
         """Tokens (B,N,D) of a grid (h,w) -> code (B,N,K); of those at index alone (B,anchors,K)."""
         if isinstance(head, MLPHead):
             return head(tokens if index is None else tokens.take_along_dim(index, 1))
-        concepts = self.codebook.detach()[quantize(tokens, self.codebook)]  # not unit ones
         return head(tokens, concepts, grid, index)
 
     def code(self, feats):
         """Features (B,D,h,w) -> the teacher's code (B,K,h,w)."""
-        grid = tuple(feats.shape[2:])
-        return self.encode(self.teacher, feats.flatten(2).mT, grid).mT.unflatten(2, grid)
+        grid, tokens = tuple(feats.shape[2:]), feats.flatten(2).mT
+        concepts = self.concepts(tokens)
+        return self.encode(self.teacher, tokens, concepts, grid).mT.unflatten(2, grid)
 
     def forward(self, images):
         return self.code(self.backbone(images))
@@ -353,12 +358,13 @@ def train(args):
     for step, batch in run.loop("head", images, args.steps):
         feats = features(batch)  # (B,D,h,w)
         grid, tokens = tuple(feats.shape[2:]), feats.flatten(2).mT  # (B,N,D)
+        concepts = model.concepts(tokens)
         index = anchors(grid)  # (B,anchors,1)
         with run.autocast():
-            code = model.encode(model.student, tokens, grid, index)  # (B,anchors,K)
+            code = model.encode(model.student, tokens, concepts, grid, index)  # (B,anchors,K)
             projected = model.projection(code)  # (B,anchors,width)
             with torch.no_grad():
-                full = model.encode(model.teacher, tokens, grid)  # (B,N,K)
+                full = model.encode(model.teacher, tokens, concepts, grid)  # (B,N,K)
                 key = model.teacher_projection(full.take_along_dim(index, 1)).float()
         codes = quantize(tokens.take_along_dim(index, 1), model.codebook)  # (B,anchors)
         key_codes, keys = common.gather(codes).flatten(), common.gather(key).flatten(0, 1)
@@ -419,7 +425,7 @@ def largest_product_fast(C):
 
 def contrast_bank(codes, code, projection, bank, attract, repel, tau=0.07):
     """Equals `contrast` above of projection(code) with `bank.contents()`; 7 times faster, 1/5 of
-    the memory at 16 images of 49 anchors, 204,800 keys 2,048 wide (3.9 s, 1.1 GB on a CPU thread).
+    the memory at 16 images of 49 anchors, 204,800 keys 2,048 wide (3.4 s, 1.1 GB on a CPU thread).
 
     codes (B,anchors), code (B,anchors,K), projection: linear, K -> width; tau at least 0.02.
     A product with a key v folds to the width of the code, (P y + b) . v = (y, 1) . (P^T v, b . v),
@@ -430,15 +436,15 @@ def contrast_bank(codes, code, projection, bank, attract, repel, tau=0.07):
     spare = -len(fold) % 16  # zeros: products of aligned rows are faster
     y = F.pad(y, (0, spare)).flatten(0, 1)  # (B*anchors,wide)
     keys = F.linear(bank.vectors, F.pad(fold, (0, 0, 0, spare)))  # (codes,slots,wide)
-    empty = -80.0 * ~bank.filled  # exp(-80) adds nothing
-    some, sums = max(1, at_once(y) // max(1, len(y) * keys.shape[1])), []  # codes at once
-    for part, off in zip(keys.split(some), empty.split(some)):
-        exp = torch.addmm(off.view(-1, 1), part.flatten(0, 1), y.T).exp_()
-        sums.append(exp.unflatten(0, off.shape).sum(1))
-    sums = torch.cat(sums).T  # over the keys of a code (B*anchors,codes)
+    empty = keys.new_zeros(()).where(bank.filled, -torch.inf)[..., None]  # exp makes it 0
+    some = max(1, at_once(y) // max(1, len(y) * keys.shape[1]))  # codes at once
+    sums = torch.cat([(part @ y.T).add_(off).exp_().sum(1)  # over a code's keys (codes,B*anchors)
+                      for part, off in zip(keys.split(some), empty.split(some))])
+    if sums.requires_grad:  # its gradient comes transposed, which costs each product 4 ms
+        sums.register_hook(torch.Tensor.contiguous)
     attract, repel = attract[codes].flatten(0, 1), repel[codes].flatten(0, 1)  # (B*anchors,codes)
     pairs = (attract * bank.filled.sum(1)).sum(-1)  # of each anchor
-    against = (sums * (attract | repel)).sum(-1)
+    against = (sums.T * (attract | repel)).sum(-1)
     against = pairs * against.where(pairs > 0, 1).log()  # without a pair there may be no key at all
     logits = ((y @ keys.sum(1).T) * attract).sum(-1)  # summed over the pairs
     of_image = pairs.view(codes.shape).sum(1)
