@@ -436,7 +436,7 @@ def contrast_bank(codes, code, projection, bank, attract, repel, tau=0.07):
     spare = -len(fold) % 16  # zeros: products of aligned rows are faster
     y = F.pad(y, (0, spare)).flatten(0, 1)  # (B*anchors,wide)
     keys = F.linear(bank.vectors, F.pad(fold, (0, 0, 0, spare)))  # (codes,slots,wide)
-    empty = keys.new_zeros(()).where(bank.filled, -torch.inf)[..., None]  # exp makes it 0
+    empty = torch.where(bank.filled, 0.0, -torch.inf)[..., None]  # exp makes it 0
     some = max(1, at_once(y) // max(1, len(y) * keys.shape[1]))  # codes at once
     sums = torch.cat([(part @ y.T).add_(off).exp_().sum(1)  # over a code's keys (codes,B*anchors)
                       for part, off in zip(keys.split(some), empty.split(some))])
