@@ -368,8 +368,8 @@ class Contrast(torch.autograd.Function):
         blocks = [slice(i, i + side) for i in range(0, M, side)]
         pairs = [(b, c) for i, b in enumerate(blocks) for c in blocks[i:]
                  if any(y.start < own.stop and own.start < y.stop for y in (b, c))]
-        n_ag, n_sp = (torch.cat([rows.view(torch.uint8).sum(1, dtype=torch.float32)
-                                 for rows in y.split(64)])  # numbers of positives (M,)
+        n_ag, n_sp = (torch.cat([rows.view(torch.uint8).sum(1, dtype=torch.float32)  # (M,) each
+                                 for rows in y.split(4096 if z.is_cuda else 64)])  # a CPU's cache
                       for y in (positives_ag, positives_sp))
         W = n_ag + lam * n_sp
         share = torch.zeros_like(W)
