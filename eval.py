@@ -86,8 +86,6 @@ def confusion_matrix(pred, label, clusters, classes):
     """Counts (clusters,classes) int64 of pixels by predicted cluster (rows) and label (columns).
     pred, label: integer tensors of one shape. Labels outside [0,classes) are ignored, extra
     clusters kept. ValueError: other shapes, or a prediction outside [0,clusters).
-
-    Two clusters, two classes, four pixels, of which the last has no label:
     >>> confusion_matrix(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, -1]), 2, 2)
     tensor([[0, 1],
             [2, 0]])"""
@@ -98,8 +96,7 @@ def confusion_matrix(pred, label, clusters, classes):
     pred, label = pred[valid].long(), label[valid].long()
     if len(pred) and (pred.min() < 0 or pred.max() >= clusters):
         raise ValueError(f"the prediction holds a cluster outside 0..{clusters - 1}")
-    # int64: float32 stops at 2^24
-    counts = torch.bincount(pred * classes + label, minlength=clusters * classes)
+    counts = torch.bincount(pred * classes + label, minlength=clusters * classes)  # exact: int64
     return counts.view(clusters, classes)
 
 
@@ -108,8 +105,7 @@ def hungarian(confusion):
     The one-to-one matching with the largest number of matched pixels; one of three is left over:
     >>> hungarian(torch.tensor([[0, 5], [9, 0], [8, 4]]))
     tensor([ 1,  0, -1])"""
-    pairs = linear_sum_assignment(confusion.cpu(), maximize=True)
-    rows, columns = map(torch.from_numpy, pairs)
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(confusion.cpu(), maximize=True))
     return torch.full((len(confusion),), -1).scatter(0, rows, columns)
 
 
@@ -129,7 +125,6 @@ def scores(confusion):
     """Scores of a confusion (classes,classes), predictions as rows; more rows are of no class.
     -> dict of miou, accuracy (0..1); iou, precision (classes,), NaN for a class in neither
     prediction nor labels (iou), never predicted (precision); pixels (classes,) int64.
-
     >>> found = scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))  # the third is nowhere
     >>> found["iou"].tolist(), found["miou"], found["accuracy"]
     ([0.75, 0.8, nan], 0.775, 0.875)"""
@@ -168,9 +163,8 @@ def kmeans(features, clusters, restarts=10, iterations=100, seed=0):
                 break
             quality = cosine.sum().item()
             sums = torch.zeros_like(centres).index_add_(0, nearest, x)
-            lost = torch.bincount(nearest, minlength=clusters) == 0
-            if lost.any():  # they go to the worst served points
-                sums[lost] = x[cosine.topk(int(lost.sum()), largest=False).indices]
+            lost = torch.bincount(nearest, minlength=clusters) == 0  # to the worst served points
+            sums[lost] = x[cosine.topk(int(lost.sum()), largest=False).indices]
             centres = F.normalize(sums, dim=1)
         found.append((quality, centres))
     return max(found, key=lambda x: x[0])[1]
@@ -315,12 +309,11 @@ def same_size(items):
 @torch.no_grad()
 def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0,
              what="evaluation", probes=None):
-    """Count predictions against labels over a whole data set; only counts are kept.
+    """Count predictions of a model like `Clustered` against labels over a whole data set.
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "labelled": number of
-    images with a label; "failed": [(path, reason)]}, summed over processes. probes: of `predict`.
-    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or None)."""
+    images with a label; "failed": [(path, reason)]}, of all processes. probes: of `predict`."""
     model.eval()
-    classes, labelled, failed = dataset.classes, 0, []
+    classes, labelled, failed = dataset.classes, torch.zeros((), device=device).long(), []
     probes = probes or probes_of(model)
     for module in (model, *probes.values()) if common.world() > 1 else ():
         for x in module.state_dict().values():  # on a GPU sums may differ in the last bit
@@ -331,18 +324,17 @@ def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, worke
         failed += [(item["path"], item["error"]) for item in items if item["error"]]
         for batch in same_size(items):
             label = batch["label"].to(device)
-            labelled += int((label >= 0).flatten(1).any(1).sum())
+            labelled += (label >= 0).flatten(1).any(1).sum()
             found = predict(model, batch["image"].to(device), label.shape[-2:], flip, crf,
                             probes=probes)
             for name, pred in found.items():
                 counts[name] += confusion_matrix(pred, label, len(counts[name]), classes)
     counts = {name: common.reduce_sum(count) for name, count in counts.items()}
-    labelled = common.reduce_sum(torch.full((), labelled, device=device)).item()
     everyone = [failed] * common.world()
     if common.world() > 1:
         dist.all_gather_object(everyone, failed)
     failed = sorted(set(sum(everyone, [])))
-    return {**counts, "labelled": labelled, "failed": failed}
+    return {**counts, "labelled": common.reduce_sum(labelled).item(), "failed": failed}
 
 
 def tell(what, failed):
@@ -353,7 +345,7 @@ def tell(what, failed):
 
 
 class Clustered(nn.Module):
-    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes, as `evaluate` takes it."""
+    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes for `evaluate`."""
     def __init__(self, encoder, patch, cluster, linear=None):
         super().__init__()
         self.encoder, self.patch = encoder, patch
@@ -407,8 +399,8 @@ def clusterings(encoder, dataset, device, numbers, seed=0, images=1000, workers=
 def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, steps=100):
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
     It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
-    and goes on by STEGO's recipe in whole passes, `steps` at least: Adam at 5e-3, here falling to
-    0, 16 images a step, cross-entropy of logits upsampled to the labels. The problem is convex."""
+    and goes on by STEGO's recipe in whole passes, `steps` at least: 16 images a step, Adam at 5e-3,
+    here falling to 0."""
     x, y = features[labels >= 0], labels[labels >= 0]
     mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
     x, one_hot = (x - mean) / deviation, F.one_hot(y, dataset.classes).float()
@@ -430,8 +422,7 @@ def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, st
             image, label = batch["image"].to(device), batch["label"].to(device)
             with torch.no_grad():
                 code = (encode(encoder, image) - mean) / deviation
-            sides = label.shape[1:], image.shape[2:], patch_of(encoder)
-            logits = upsample(probe(code), *sides)
+            logits = upsample(probe(code), label.shape[1:], image.shape[2:], patch_of(encoder))
             adam.zero_grad()
             linear_loss(logits, label).backward()
             adam.step()
@@ -451,7 +442,6 @@ def baseline(run, encoder, images, val, clusters, patch=1):
 
 # ---------------------------------------------------------------- pictures
 # each is a `stack` of others, down to `box`, a line of text
-
 FONT = ImageFont.load_default(13)
 # each as far as can be from all before it, from black, grey and white, in CIELAB; none is dark
 COLOURS = data.rgb("""
@@ -519,8 +509,7 @@ def stack(pictures, down=False, gap=4):
     """Pictures side by side, or one below the other, on white."""
     sizes = np.reshape([picture.size for picture in pictures], (-1, 2)).astype(int) + gap
     places = (sizes.cumsum(0) - sizes) * ((0, 1) if down else (1, 0))
-    size = (places + sizes).max(0, initial=1)
-    whole = Image.new("RGB", tuple(size.tolist()), "white")
+    whole = Image.new("RGB", (places + sizes).max(0, initial=1).tolist(), "white")
     for picture, place in zip(pictures, places.tolist()):
         whole.paste(picture, tuple(place))
     return whole
@@ -578,8 +567,7 @@ def small(photo, ids, count):
 
 
 def overview(entries, names, palette):
-    """[`small`] -> for each id name, share, and the pictures in which it covers most; all shares.
-    What one needs to give names to clusters."""
+    """[`small`] -> per id name, share and the pictures in which it covers most; all shares."""
     shares = np.reshape([x for *_, x in entries], (-1, len(names)))
     mean, rows = shares.sum(0) / max(len(entries), 1), []
     for k in np.argsort(-mean, kind="stable"):
@@ -592,8 +580,7 @@ def overview(entries, names, palette):
 
 
 def write_png(path, picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer := io.BytesIO(), "PNG")
     common.write(path, buffer.getbuffer())
 
 
@@ -605,9 +592,8 @@ def rows_of(result, val, probes=None, suffix=""):
     """What `evaluate` counted -> {title: scores}, nothing without labels.
     probes: {name: probe}, whose .classes stand in place of a majority on val itself."""
     rows = {}
-    for name, counts in result.items():
-        if not val.classes or not torch.is_tensor(counts):
-            continue
+    counted = {name: x for name, x in result.items() if val.classes and torch.is_tensor(x)}
+    for name, counts in counted.items():
         linear = name.startswith("linear")
         rows[name + suffix] = scores(counts if linear else matched(counts, hungarian(counts)))
         if not linear and len(counts) != val.classes:  # many-to-one: ViCE's cluster model
@@ -764,8 +750,7 @@ def load_run(folder, device="cpu", weights=None):
     module = importlib.import_module(method) if method in own else None
     if not hasattr(module, "Model"):
         raise ValueError(f"{path} is a run of {method!r}; no such file beside eval.py has a Model")
-    saved = common.check_args(module.arguments(), checkpoint["args"], folder)
-    args = argparse.Namespace(**saved)
+    args = argparse.Namespace(**common.check_args(module.arguments(), checkpoint["args"], folder))
     args.weights, args.out = weights or args.weights, str(folder)
     try:
         bare = argparse.Namespace(**{**vars(args), "weights": "none"})
@@ -848,12 +833,11 @@ def score_run(folder, options, device):
     elif fresh and (labels >= 0).any():
         probes["linear" + ", fitted here" * other] = fit_linear(
             model, train, device, codes, labels, args.seed, options.workers)
-    if not folder:
-        model.cluster = probes["kmeans"]
-    elif other:  # the classes of the run's linear probe are not those of another set
-        probes = {"cluster": model.cluster, **probes}
-    else:
-        probes = probes_of(model) | probes
+    own = probes_of(model)  # raw backbone: none
+    if other:  # the run's linear probe knows other classes
+        own.pop("linear", None)
+    probes = own | probes
+    model.cluster = model.cluster or probes["kmeans"]
     result, rows = {}, {}
     for flip, crf in sorted({(False, False), (options.flip, options.crf)}):
         suffix = " + flip" * flip + " + CRF" * crf
@@ -1101,14 +1085,14 @@ def import_official(options):
 
 
 # ---------------------------------------------------------------- command line
+SCORING = "data root split protocol size weights batch_size workers crf flip clusters"
 COMMANDS = {  # option that says what is done -> what else it uses, beside --device
     "official": "data arch out root weights",
     "images": "runs out root weights size crf flip tile clusters names head legend",
     "embed": "runs data root split protocol size weights arch depth",
     "path": "runs out data root split protocol size weights",
-    "arch": "depth seed out data root split protocol size weights batch_size workers crf flip "
-            "clusters",
-    "runs": "data root split protocol size weights batch_size workers crf flip clusters filters"}
+    "arch": "depth seed out " + SCORING,
+    "runs": "filters " + SCORING}
 
 
 def arguments():
