@@ -28,14 +28,12 @@ of 5 x 256 x 256 whose superpixels it knows, else 66; a batch of 32 has 52 MB.
     paper                                 here
     X, A: image, its superpixels          picture (3,H,W), regions (H,W) by `slic`
     (x,y)* a content-rich point           drawn from `content`
-    M views, size coefficient beta        `make_views`, --views, --beta
-    random masking                        `mask_rectangle`, `mask_views`
+    M views, beta; random masking         `make_views`, --views, --beta; `mask_views`
     f_theta, Z: D numbers a pixel         `Network`, maps (views,K,h,w), h = H/4; --code-dim is K
     I mutual regions, vectors z*          `resize_regions`, `embed_regions`
     C, the paper's K concepts             model.prototypes (prototypes,K)
     scores s* (eq. 3), assignment q       z @ prototypes.T, `sinkhorn`
     loss (eq. 4, algorithm 3)             `swapped_prediction_loss`
-    linear model of L filters             `linear_model`, --filters
 
 Departures of the published code, followed here, from the paper:
     a region is its mean, then made unit (the paper: the mean of unit vectors)
@@ -79,10 +77,9 @@ import eval
 # ---------------------------------------------------------------- superpixels and views
 
 def slic(image, region_size=20, ruler=10, iterations=5):
-    """SLIC superpixels: uint8 RGB (H,W,3) -> labels (H,W), pixel for pixel those of OpenCV.
-    A seed takes the pixels around it that are nearer to it than to other seeds, in colour and in
-    place, then moves to their mean. Connectivity is not enforced, as published: a label may lie in
-    pieces. numpy in, numpy out; torch likewise."""
+    """SLIC superpixels, K-means of colour and place in a window around each centre, pixel for pixel
+    OpenCV's: uint8 RGB (H,W,3) -> labels (H,W), numpy or torch. Connectivity is not enforced, as
+    published: a label may lie in pieces."""
     # BGR; the blur's sigma is 4 (84 88 84 / 256) by accident: a border flag was passed in its place
     pixels = blur(np.asarray(image)[..., ::-1], 84, 88).astype(np.float32)
     centres = np.concatenate(seeds(pixels, region_size), 1)  # (seeds,5): colour, x, y
@@ -100,9 +97,8 @@ def slic(image, region_size=20, ruler=10, iterations=5):
             closer = distance < best[down, across]
             np.copyto(best[down, across], distance, where=closer)
             np.copyto(labels[down, across], seed, where=closer)
-        own = labels.ravel()
-        sums = np.stack([np.bincount(own, x, count) for x in points.reshape(5, -1)], 1)
-        size = np.bincount(own, minlength=count).clip(1)
+        sums = np.stack([np.bincount(labels.ravel(), x, count) for x in points.reshape(5, -1)], 1)
+        size = np.bincount(labels.ravel(), minlength=count).clip(1)
         centres = sums.astype(np.float32) / size.astype(np.float32)[:, None]
     return torch.from_numpy(labels) if torch.is_tensor(image) else labels
 
@@ -198,12 +194,10 @@ def crop(x, box):
 
 
 def mask_views(crops, shared, rectangles, count, spared=None, rng=None):
-    """-> bool (views,count+1): which of the ids 0, 1, ..., count-1, -1 are noise in a view, and
-    (count+1,): which stay common to all.
-
-    crops: labels [(s,s)]; shared (views,4): the common rectangle in each. A region that a view's
-    rectangle touches becomes noise in that view and a region of none; a random quarter of the
-    common ids is spared. A rectangle that touches padding (-1) makes all padding noise."""
+    """crops: labels [(s,s)], shared (views,4): their common rectangle -> bool (views,count+1):
+    which of the ids 0, ..., count-1, -1 are noise in a view, (count+1,): which stay common to all.
+    A region that a view's rectangle touches becomes noise there and is common no more; a random
+    quarter of the common ones is spared. One that touches padding makes all padding noise."""
     ids = np.r_[:count, -1]
     x0, y0, x1, y1 = shared[0]
     kept = np.isin(ids, crops[0][y0:y1, x0:x1]) & (ids >= 0)
@@ -234,8 +228,7 @@ def make_views(picture, regions, rng, args):
     def von_mises(peak, n=None):
         return (rng.vonmises(peak, 2, n) + math.pi) / (2 * math.pi)  # likeliest 0.5, or 0.75
     (H, W), side, count = regions.shape, args.view_size, int(regions.max()) + 1
-    p = content(picture.permute(1, 2, 0).numpy()).cumsum()
-    y, x = divmod(min(int(np.searchsorted(p, rng.random() * p[-1])), H * W - 1), W)
+    y, x = divmod(rng.choice(H * W, p=content(picture.permute(1, 2, 0).numpy()).ravel()), W)
     sizes = rng.uniform(*sorted(args.beta), args.views) * side
     centres = [clip_centre(x, y, sizes[0], sizes[0], W, H)]
     for i, s in enumerate(sizes[1:]):
@@ -345,8 +338,7 @@ class Model(nn.Module):
         super().__init__()
         resnet, K = load_resnet(args.arch, weights), args.code_dim
         self.network = Network(resnet, args.decoder, K, args.depth)
-        prototypes = nn.Linear(K, args.prototypes).weight.data
-        self.prototypes = nn.Parameter(F.normalize(prototypes))  # (prototypes,K)
+        self.prototypes = nn.Parameter(F.normalize(nn.Linear(K, args.prototypes).weight.data))
         self.cluster = eval.ClusterProbe(K, args.clusters)
         self.linear = linear_model(K, args.filters, args.classes) if args.classes else None
 
@@ -368,10 +360,9 @@ def region_mean(embedding, regions, count):
 
 def embed_regions(maps, regions, count):
     """Regions' unit vectors z*: maps (views,K,h,w), ids (views,H,W) -> (views,count,K)."""
-    vectors = []
-    for m, ids in zip(maps, regions):
-        m = F.interpolate(m[None], ids.shape, mode="bilinear", align_corners=True)[0]  # (K,H,W)
-        vectors.append(region_mean(m, ids, count))
+    whole = (F.interpolate(m[None], regions.shape[1:], mode="bilinear", align_corners=True)[0]
+             for m in maps)  # (K,H,W), one by one
+    vectors = [region_mean(m, ids, count) for m, ids in zip(whole, regions)]
     return F.normalize(torch.stack(vectors), dim=-1)
 
 
@@ -403,9 +394,8 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
 
 class Views(torch.utils.data.Dataset):
     """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 where
-    they may be many, index, path, error. ValueError: 100 images without a common region.
-
-    Superpixels of square images are computed once, for as many as 8.6 GB of shared memory hold."""
+    they may be many, index, path, error. Superpixels of square images are computed once, for as
+    many as 8.6 GB of shared memory hold."""
     def __init__(self, images, args):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
@@ -447,9 +437,8 @@ class Views(torch.utils.data.Dataset):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradient is scaled, tensor by tensor, to the length trust * |parameter|.
-    Where either has length zero, a plain step without weight decay. Biases and BN are treated like
-    the rest, as published. All tensors at once: 25 calls instead of 1,304."""
+    """SGD that scales each tensor's gradient to the length trust * |parameter|, or, if either is
+    zero, takes a plain step without decay. Biases and BN as the rest (published)."""
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
         super().__init__(params, defaults)
@@ -466,7 +455,7 @@ class LARS(torch.optim.Optimizer):
             scaled, rate = (length > 0) & (steepness > 0), group["trust"] * length
             rate = torch.where(scaled, rate / (steepness + decay * length + 1e-8), 1.0)
             rate, decay = torch.stack([rate, decay * scaled * rate]).tolist()
-            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_mul_(momenta, group["momentum"])  # 25 calls, not 1,304
             torch._foreach_add_(momenta, torch._foreach_mul(gradients, rate))
             torch._foreach_add_(momenta, torch._foreach_mul(params, decay))
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
@@ -554,14 +543,12 @@ def train(args):
 
 
 def load_resnet(arch, weights):
-    """torchvision's ResNet without its classifier. weights: a file with torchvision's names, None:
-    from torchvision's server, "none": random. Raises ValueError where they do not fit."""
+    """ResNet without classifier. weights: a file, None: torchvision's, "none": random."""
     net = getattr(torchvision.models, arch)()
     net.fc = nn.Identity()
-    if weights is None:  # in hub's cache, downloaded on first use; the file's name ends in its hash
-        url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-        sha256 = url.rsplit("-", 1)[1].removesuffix(".pth")
-        weights = common.fetch(f"{url} {sha256}", arch)
+    if weights is None:
+        url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url  # NAME-SHA256.pth
+        weights = common.fetch(f"{url} {url.removesuffix('.pth')[-8:]}", arch)
     if weights != "none":
         common.load_weights(net, weights, arch)
     return net
@@ -706,7 +693,6 @@ def arguments():
     return p
 
 
-# steps are the published ones, not epochs: the images are not the same
 PUBLISHED = dict(batch_size=128, lr=0.32, queue=160_000, protocol="square")
 LARGE = dict(view_size=400, prototypes=128, protocol="native")
 SMALL = dict(views=3, colour=0.4, beta=(0.75, 1.25), prototypes=32, queue_start=30, freeze=20,
@@ -715,7 +701,6 @@ PRESETS = {
     "scenes": dict(SMALL, weights="none", depth=2, size=96, eval_size=96, region_size=8,
                    view_size=64, blur=0.0, queue=1000, steps=200, batch_size=12, lr=1.5,
                    filters=27, probe_steps=300),
-    # three stages and small images: what a CPU does in minutes
     "camvid": dict(SMALL, depth=3, size=128, eval_size=128, region_size=10, view_size=96, blur=0.1,
                    queue=2000, steps=150, batch_size=8, lr=0.5, filters=45, probe_steps=1000),
     "camvid arch=resnet50": dict(steps=80, batch_size=6),
@@ -731,7 +716,6 @@ PRESETS = {
                   probe_images=20, probe_steps=10),
 }
 PRESETS = {key.replace("cityscapes19", "cityscapes27"): x for key, x in PRESETS.items()} | PRESETS
-
 
 if __name__ == "__main__":
     common.main(arguments, PRESETS, lambda args, images: None, train, data.count)
