@@ -122,7 +122,7 @@ def fit(image, size, protocol, label=False):
 
 
 def crop_boxes(h, w, crops):
-    """-> [(top, left, height, width, mirrored)]: corners, centre; the same mirrored, unless 5."""
+    """-> [(top, left, height, width, mirrored)]: corners, centre; then mirrored, unless 5."""
     boxes = []
     for share in CROPS[crops]:
         ch, cw = max(1, int(h * share)), max(1, int(w * share))
@@ -133,16 +133,12 @@ def crop_boxes(h, w, crops):
     return boxes
 
 
-def describe(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def attempt(function, *args):
     """-> function(*args), "" or None, why not. Pillow raises nearly anything for a bad file."""
     try:
         return function(*args), ""
     except Exception as error:
-        return None, describe(error)
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---------------------------------------------------------------- scenes

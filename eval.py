@@ -759,7 +759,7 @@ def load_run(folder, device="cpu", weights=None):
         model = module.Model(args)
         common.load_trained(model, checkpoint["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} makes no {method}.Model: {data.describe(error)}") from None
+        raise ValueError(f"{path} makes no {method}.Model: {error}") from None
     backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
     common.differences(checkpoint, backbone)
     found = saved_scores(Path(folder) / "scores.json")
