@@ -45,7 +45,7 @@ from tqdm.contrib.concurrent import thread_map  # Pillow frees the GIL
 import common
 from common import MEAN, STD
 
-PROTOCOLS = {  # how an image becomes H x W (labels: NEAREST); scores of two do not compare
+PROTOCOLS = {  # how an image becomes H x W, a label by NEAREST; scores of two do not compare
     "stego": Image.NEAREST,  # shorter side = size, then the central size x size (STEGO, HP, CAUSE)
     "picie": Image.BILINEAR,  # the same; COCO trains on the curated list `_7` (IIC, PiCIE)
     "squash": Image.NEAREST,  # exactly size x size, aspect lost (CAUSE on VOC)
@@ -122,7 +122,8 @@ def fit(image, size, protocol, label=False):
 
 
 def crop_boxes(h, w, crops):
-    """-> [(top, left, height, width, mirrored)]: corners, centre; then mirrored, unless 5."""
+    """-> [(top, left, height, width, mirrored)]: of each share the corners, the centre, and, unless
+    crops is 5, the same five of the mirrored image."""
     boxes = []
     for share in CROPS[crops]:
         ch, cw = max(1, int(h * share)), max(1, int(w * share))

@@ -309,9 +309,10 @@ def same_size(items):
 @torch.no_grad()
 def evaluate(model, dataset, device, flip=False, crf=False, batch_size=16, workers=0,
              what="evaluation", probes=None):
-    """Count predictions of a model like `Clustered` against labels over a whole data set.
+    """Count predictions against labels over a whole data set; only counts are kept.
     -> {name of each probe: (clusters,classes) int64, predictions as rows; "labelled": number of
-    images with a label; "failed": [(path, reason)]}, of all processes. probes: of `predict`."""
+    images with a label; "failed": [(path, reason)]}, summed over processes. probes: of `predict`.
+    model: images (B,3,H,W) -> code (B,K,h,w), with .cluster and .linear (module or None)."""
     model.eval()
     classes, labelled, failed = dataset.classes, torch.zeros((), device=device).long(), []
     probes = probes or probes_of(model)
@@ -345,7 +346,7 @@ def tell(what, failed):
 
 
 class Clustered(nn.Module):
-    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes for `evaluate`."""
+    """Any encoder, images (B,3,H,W) -> features (B,D,h,w), with probes, as `evaluate` takes it."""
     def __init__(self, encoder, patch, cluster, linear=None):
         super().__init__()
         self.encoder, self.patch = encoder, patch
@@ -400,7 +401,7 @@ def fit_linear(encoder, dataset, device, features, labels, seed=0, workers=0, st
     """A LinearProbe on a frozen encoder's features, fitted on a whole data set in bounded memory.
     It starts as the linear discriminant of sampled cells, features (n,D), labels (n,), -1 = none,
     and goes on by STEGO's recipe in whole passes, `steps` at least: 16 images a step, Adam at 5e-3,
-    here falling to 0."""
+    here falling to 0, cross-entropy of logits upsampled to the labels. The problem is convex."""
     x, y = features[labels >= 0], labels[labels >= 0]
     mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
     x, one_hot = (x - mean) / deviation, F.one_hot(y, dataset.classes).float()
@@ -759,7 +760,7 @@ def load_run(folder, device="cpu", weights=None):
         model = module.Model(args)
         common.load_trained(model, checkpoint["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} makes no {method}.Model: {error}") from None
+        raise ValueError(f"{path} makes no {method}.Model: {error!r}") from None
     backbone = common.digest(model.backbone) if hasattr(model, "backbone") else ""
     common.differences(checkpoint, backbone)
     found = saved_scores(Path(folder) / "scores.json")
@@ -837,7 +838,8 @@ def score_run(folder, options, device):
     if other:  # the run's linear probe knows other classes
         own.pop("linear", None)
     probes = own | probes
-    model.cluster = model.cluster or probes["kmeans"]
+    if not folder:
+        model.cluster = probes["kmeans"]
     result, rows = {}, {}
     for flip, crf in sorted({(False, False), (options.flip, options.crf)}):
         suffix = " + flip" * flip + " + CRF" * crf

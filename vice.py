@@ -395,7 +395,7 @@ def swapped_prediction_loss(scores, assignment, tau=0.1):
 class Views(torch.utils.data.Dataset):
     """Item: "image" (views,3,side,side) uint8, "regions" (views,side,side) int16, or int32 where
     they may be many, index, path, error. Superpixels of square images are computed once, for as
-    many as 8.6 GB of shared memory hold."""
+    many as 8.6 GB of shared memory hold. ValueError: 100 images without a common region."""
     def __init__(self, images, args):
         self.images, self.args = images, args
         square = args.regions == "slic" and images.protocol not in ("whole", "native")
@@ -543,7 +543,7 @@ def train(args):
 
 
 def load_resnet(arch, weights):
-    """ResNet without classifier. weights: a file, None: torchvision's, "none": random."""
+    """ResNet. weights: a file, None: torchvision's, "none": random. ValueError: they do not fit."""
     net = getattr(torchvision.models, arch)()
     net.fc = nn.Identity()
     if weights is None:
@@ -693,7 +693,7 @@ def arguments():
     return p
 
 
-PUBLISHED = dict(batch_size=128, lr=0.32, queue=160_000, protocol="square")
+PUBLISHED = dict(batch_size=128, lr=0.32, queue=160_000, protocol="square")  # steps as published
 LARGE = dict(view_size=400, prototypes=128, protocol="native")
 SMALL = dict(views=3, colour=0.4, beta=(0.75, 1.25), prototypes=32, queue_start=30, freeze=20,
              probe_images=128, probe_pixels=160, probe_batch=0)
